@@ -1,0 +1,78 @@
+"""The loaded model: everything that comes out of one checkpoint, and nothing that depends on a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from .text import TextEncoder
+    from .unet import MultiViewUNet
+    from .vae import LatentCodec
+    from .vision import VisionEncoder
+
+Controller = Literal["pixel", "local", "local-linear", "global", "none"]
+"""Paper section 3.2. ``pixel``: image tokens and a fifth, clean frame; ``local``: resampled hidden states;
+``local-linear``: all 257 hidden states through one linear map; ``global``: the pooled CLIP feature;
+``none``: MVDream, text only."""
+
+VIEWS = 4
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a checkpoint is, for ``info`` and ``metadata.json``."""
+
+    name: str
+    """As the user gave it: a path, a hub id or ``builtin:nano``."""
+    family: str
+    """``imagedream``, ``mvdream`` or ``nano``."""
+    layout: str
+    """``official-pt``, ``official-safetensors`` or ``diffusers``."""
+    controller: Controller
+    controller_reason: str
+    """Why this controller: given by the caller, guessed from the name, or the only one that the tensors allow."""
+    picture_px: int
+    """Side of the square pictures that the VAE sees: 256, or 128 for the embedded model."""
+    sha256: str
+    """Of the weights file (the UNet's file for a folder)."""
+
+
+@dataclass
+class MultiViewModel:
+    """One checkpoint, loaded: the networks on one device in one dtype, in eval mode, without gradients."""
+
+    card: ModelCard
+    unet: MultiViewUNet
+    vae: LatentCodec
+    text: TextEncoder
+    vision: VisionEncoder | None
+    alphas_cumprod: torch.Tensor
+    """[1000] float32 (SPEC section 5)."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def frames(self) -> int:
+        """Frames that the UNet denoises together: five with the pixel controller, else four."""
+        return VIEWS + (self.card.controller == "pixel")
+
+    @property
+    def latent_px(self) -> int:
+        return self.card.picture_px // self.vae.downscale
+
+
+Progress = Callable[[str, int, int], None]
+"""``on_progress(stage, done, total)``; stages are ``prepare``, ``views``, ``warm-start``, ``fuse``, ``mesh``, ``files``."""
+
+Cancel = Callable[[], bool]
+"""Asked between steps; true stops the work with :class:`~.errors.Cancelled`."""
