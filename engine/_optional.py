@@ -1,0 +1,111 @@
+"""What else is installed. The one place that asks for optional packages; nothing is imported before it is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module, metadata, util
+from types import ModuleType
+
+from .errors import MissingDependency
+
+PROJECT = "imagedream-rt"
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """A package that the engine can do without, and what doing without it costs."""
+
+    module: str
+    distributions: tuple[str, ...]
+    """Names it goes by in package metadata, the usual one first."""
+    extra: str | None
+    """The extra of this project that installs it; None where there is none."""
+    gives: str | None
+    """What it does here; None while nothing in this version uses it."""
+    without: str
+    """What its absence costs, in one phrase."""
+
+
+_UNUSED = "nothing: no part of this version uses it"
+
+PACKAGES: tuple[OptionalPackage, ...] = (
+    OptionalPackage(
+        "diffusers",
+        ("diffusers",),
+        None,
+        "the VAE's layers and the samplers other than the built-in DDIM",
+        "no model can be loaded (it is a dependency: reinstall the package)",
+    ),
+    OptionalPackage(
+        "instant_clip_tokenizer",
+        ("instant-clip-tokenizer",),
+        None,
+        "CLIP's byte-pair tokenizer without a download",
+        "a text prompt needs the tokenizer files of the checkpoint",
+    ),
+    OptionalPackage(
+        "warp",
+        ("warp-lang",),
+        None,
+        "iso-surface extraction on CPU and GPU",
+        "scikit-image extracts the surface, on the CPU only",
+    ),
+    OptionalPackage(
+        "rembg",
+        ("rembg",),
+        "rembg",
+        "background removal",
+        "a picture without alpha channel needs --keep-background or a cut-out made elsewhere",
+    ),
+    OptionalPackage(
+        "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "rembg", "rembg's networks", "rembg cannot run"
+    ),
+    OptionalPackage("xformers", ("xformers",), "xformers", None, _UNUSED),
+    OptionalPackage("nerfacc", ("nerfacc",), "nerfacc", None, _UNUSED),
+    OptionalPackage("tinycudann", ("tinycudann",), None, None, _UNUSED),
+    OptionalPackage("triton", ("triton", "triton-windows", "pytorch-triton"), None, None, _UNUSED),
+    OptionalPackage("cupy", ("cupy-cuda12x", "cupy-cuda13x", "cupy"), None, None, _UNUSED),
+    OptionalPackage("onnx", ("onnx",), None, None, _UNUSED),
+    OptionalPackage("tensorrt", ("tensorrt",), None, None, _UNUSED),
+    OptionalPackage("tensorrt_rtx", ("tensorrt-rtx", "tensorrt_rtx"), None, None, _UNUSED),
+)
+
+
+def installed(module: str) -> bool:
+    """Whether the top-level ``module`` can be found. Nothing is imported.
+
+    A folder of that name without ``__init__.py`` (a namespace package) does not count: it is somebody's folder.
+    """
+    try:
+        spec = util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def version(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed, from its metadata; else None."""
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def require(module: str, extra: str | None, purpose: str) -> ModuleType:
+    """Import and return ``module``.
+
+    Raises :class:`~.errors.MissingDependency` when it is not installed, or is but cannot be imported: the message
+    says what it is for (``purpose``, as in "to remove the background"), the cause, and what to install.
+    """
+    command = f'pip install "{PROJECT}[{extra}]"' if extra else f"pip install {module.replace('_', '-')}"
+    if not installed(module):
+        raise MissingDependency(f"{module} is not installed; it is needed {purpose}: {command}")
+    try:
+        return import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise MissingDependency(
+            f"{module} is installed but cannot be imported ({cause}); it is needed {purpose}: mend it with {command}"
+        ) from error
