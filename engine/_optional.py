@@ -1,4 +1,4 @@
-"""What else is installed. The one place that asks for optional packages; nothing is imported before it is needed."""
+"""What else is installed: the one place that asks for optional packages. Nothing is imported before its use."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ PACKAGES: tuple[OptionalPackage, ...] = (
 def installed(module: str) -> bool:
     """Whether the top-level ``module`` can be found. Nothing is imported.
 
-    A folder of that name without ``__init__.py`` (a namespace package) does not count: it is somebody's folder.
+    A folder of that name without ``__init__.py`` (a namespace package) does not count.
     """
     try:
         spec = util.find_spec(module)
@@ -96,8 +96,8 @@ def version(*distributions: str) -> str | None:
 def require(module: str, extra: str | None, purpose: str) -> ModuleType:
     """Import and return ``module``.
 
-    Raises :class:`~.errors.MissingDependency` when it is not installed, or is but cannot be imported: the message
-    says what it is for (``purpose``, as in "to remove the background"), the cause, and what to install.
+    Raises :class:`~.errors.MissingDependency` when it is not installed or cannot be imported: the message says
+    what it is for (``purpose``, as in "to remove the background"), the cause, and what to install.
     """
     command = f'pip install "{PROJECT}[{extra}]"' if extra else f"pip install {module.replace('_', '-')}"
     if not installed(module):
@@ -107,5 +107,5 @@ def require(module: str, extra: str | None, purpose: str) -> ModuleType:
     except (ImportError, OSError, RuntimeError) as error:
         cause = " ".join(str(error).split()) or type(error).__name__
         raise MissingDependency(
-            f"{module} is installed but cannot be imported ({cause}); it is needed {purpose}: mend it with {command}"
+            f"{module} is installed but cannot be imported ({cause}); it is needed {purpose}; try {command}"
         ) from error
