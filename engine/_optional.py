@@ -1,4 +1,4 @@
-"""What else is installed: the one place that asks for optional packages. Nothing is imported before its use."""
+"""What else is installed: the one place that asks for optional packages. Nothing is imported early."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def version(*distributions: str) -> str | None:
 def require(module: str, extra: str | None, purpose: str) -> ModuleType:
     """Import and return ``module``.
 
-    Raises :class:`~.errors.MissingDependency` when it is not installed or cannot be imported: the message says
-    what it is for (``purpose``, as in "to remove the background"), the cause, and what to install.
+    Raises :class:`~.errors.MissingDependency` when it is not installed or cannot be imported: the message
+    says what it is for (``purpose``, as in "to remove the background"), the cause, and what to install.
     """
     command = f'pip install "{PROJECT}[{extra}]"' if extra else f"pip install {module.replace('_', '-')}"
     if not installed(module):
