@@ -1,0 +1,46 @@
+"""Losses of the fusion: each a function of tensors that returns one scalar; the weights are settings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+OPAQUE_MARGIN = 1e-3
+SPARSITY_FLOOR = 0.01
+SOLID_OPACITY = 0.5
+
+
+def reconstruction_loss(latents: Tensor, target: Tensor) -> Tensor:
+    """MV-SDS as reconstruction: ``0.5 * sum((latents - target)^2) / V``; gradient (latents - target) / V.
+
+    ``latents``, ``target``: [V, 4, h, w]; V counts views, not groups. The target takes no gradient. Source:
+    released ``multiview_diffusion_guidance`` (paper equation 2 without its constants).
+    """
+    return 0.5 * (latents - target.detach()).square().sum() / latents.shape[0]
+
+
+def orientation_loss(weights: Tensor, normals: Tensor, directions: Tensor, opacity: Tensor) -> Tensor:
+    """Punish visible normals that look away from the camera: sum(w max(n.d, 0)^2) / pixels with opacity.
+
+    ``weights`` [N] (no gradient), ``normals`` and ``directions`` [N, 3] unit, ``opacity`` any shape. The
+    divisor is at least one. Source: released ``mvdream_system``; Ref-NeRF equation 11.
+    """
+    facing_away = (normals * directions).sum(-1).clamp(min=0.0)
+    return (weights.detach() * facing_away.square()).sum() / (opacity > 0).sum().clamp(min=1)
+
+
+def sparsity_loss(opacity: Tensor) -> Tensor:
+    """``mean(sqrt(opacity^2 + 0.01))``. ``opacity``: any shape. Source: released ``mvdream_system``."""
+    return (opacity.square() + SPARSITY_FLOOR).sqrt().mean()
+
+
+def opaque_loss(opacity: Tensor) -> Tensor:
+    """Mean entropy of the opacity clamped to [1e-3, 1 - 1e-3]. Source: released ``mvdream_system``."""
+    kept = opacity.clamp(OPAQUE_MARGIN, 1 - OPAQUE_MARGIN)
+    return -(kept * kept.log() + (1 - kept) * (1 - kept).log()).mean()
+
+
+def z_variance_loss(z_variance: Tensor, opacity: Tensor) -> Tensor:
+    """Mean depth variance of the pixels of opacity above a half (zero without any); same shapes."""
+    solid = opacity > SOLID_OPACITY
+    return torch.where(solid, z_variance, 0.0).sum() / solid.sum().clamp(min=1)
