@@ -1,0 +1,139 @@
+"""What this machine offers and what it lacks: devices, versions, optional packages, kernels."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Literal
+
+from . import _optional
+
+State = Literal["active", "missing", "unused"]
+
+_VERSIONED = (
+    "numpy",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "pillow",
+    "trimesh",
+    "xatlas",
+    "typer",
+)
+"""Dependencies whose version explains a difference between two machines; torch is asked itself."""
+
+
+@dataclass(frozen=True)
+class PackageReport:
+    """One optional package: ``active``, ``missing``, or ``unused`` (installed, but no part here uses it)."""
+
+    package: str
+    state: State
+    version: str | None
+    says: str
+    """What it is used for when it is active; else what its absence costs, or that nothing is lost."""
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """A device that fits ``--device``."""
+
+    device: str
+    name: str
+    memory_gib: float | None
+    says: str
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Versions and machine, as ``metadata.json`` keeps them; ``device`` is the one the work ran on."""
+    import torch
+
+    on_gpu = device is not None and device.startswith("cuda")
+    return {
+        "imagedream_rt": _optional.version(_optional.PROJECT),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: _optional.version(name) for name in ("diffusers", "warp-lang", *_VERSIONED)},
+        **({"device": device} if device else {}),
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def devices() -> list[DeviceReport]:
+    """The CPU and every CUDA device, the default (``--device auto``) first."""
+    import torch
+
+    cpu = DeviceReport("cpu", cpu_name(), None, f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        gpus.append(
+            DeviceReport(
+                f"cuda:{index}", properties.name, round(properties.total_memory / 2**30, 1), capability
+            )
+        )
+    return [*gpus, cpu]
+
+
+def packages() -> list[PackageReport]:
+    """Every optional package with its state; none of them is imported."""
+    reports = []
+    for package in _optional.PACKAGES:
+        found = _optional.installed(package.module)
+        if not found:
+            hint = (
+                f'; pip install "{_optional.PROJECT}[{package.extra}]"'
+                if package.extra and package.gives
+                else ""
+            )
+            reports.append(PackageReport(package.module, "missing", None, package.without + hint))
+        else:
+            state: State = "active" if package.gives else "unused"
+            says = package.gives or "installed, but no part of this version uses it"
+            reports.append(
+                PackageReport(package.module, state, _optional.version(*package.distributions), says)
+            )
+    return reports
+
+
+def kernels() -> dict[str, str]:
+    """Which implementation each kernel runs, by kernel name."""
+    folder = import_module("..kernels", __package__).__path__
+    return {
+        module.name: "PyTorch reference"
+        for module in iter_modules(folder)
+        if not module.name.startswith("_") and not module.ispkg
+    }
+
+
+def report() -> dict[str, Any]:
+    """All of it, JSON-ready: ``default_device``, ``devices``, ``versions``, ``packages``, ``kernels``."""
+    found = devices()
+    return {
+        "default_device": found[0].device,
+        "devices": [asdict(device) for device in found],
+        "versions": environment(),
+        "executable": sys.executable,
+        "packages": [asdict(package) for package in packages()],
+        "kernels": kernels(),
+    }
