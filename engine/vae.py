@@ -1,0 +1,85 @@
+"""Pictures to latents and back: diffusers' ``AutoencoderKL`` behind the four operations that the engine needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class LatentCodec(nn.Module):
+    """The VAE with its scaling factor. Pictures are [N, 3, H, W] in [-1, 1], latents [N, 4, H/8, W/8].
+
+    Inputs are cast to the network's dtype and outputs have it. Everything is differentiable.
+    """
+
+    def __init__(self, vae: AutoencoderKL, scaling_factor: float) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scaling_factor = float(scaling_factor)
+        self.downscale = 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LatentCodec:
+        """A codec with fresh weights. ``config``: arguments of ``AutoencoderKL``, or a folder's ``config.json``."""
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_config(dict(config))
+        return cls(vae, vae.config["scaling_factor"])
+
+    @staticmethod
+    def preprocess(rgb: np.ndarray, px: int) -> Tensor:
+        """A picture, uint8 [H, W, 3], as the VAE sees it: float32 [3, px, px] in [-1, 1].
+
+        As the released code: squashed to a square whatever its shape, by Pillow's bilinear filter (antialiased,
+        8-bit arithmetic). Raises :class:`~.errors.InputError` for another dtype or shape.
+        """
+        picture = rgb_picture(rgb).resize((px, px), Image.Resampling.BILINEAR)
+        return unit_tensor(picture).sub(0.5).div(0.5)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, unscaled, each [N, 4, H/8, W/8].
+
+        The log variance is clamped to [-30, 20] as in latent diffusion. Raises :class:`~.errors.InputError` when the
+        pictures have another shape than [N, 3, H, W] with sides that are multiples of ``downscale``.
+        """
+        if images.ndim != 4 or images.shape[2] % self.downscale or images.shape[3] % self.downscale:
+            raise InputError(
+                f"the VAE got pictures of shape {list(images.shape)}; it takes [N, 3, H, W] with sides that are "
+                f"multiples of {self.downscale}"
+            )
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        return posterior.mean, posterior.std
+
+    def sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents ``scaling_factor * (mean + std * noise)``, all [N, 4, h, w]."""
+        return self.scaling_factor * (mean + std * noise)
+
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents of pictures [N, 3, H, W], with the posterior's noise [N, 4, h, w] given."""
+        return self.sample(*self.moments(images), noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [N, 3, 8h, 8w], about [-1, 1] (not clamped), of scaled latents [N, 4, h, w]."""
+        return self.vae.decode(latents.to(self.vae.dtype) / self.scaling_factor).sample
+
+
+def rgb_picture(rgb: np.ndarray) -> Image.Image:
+    """The Pillow picture of uint8 [H, W, 3]. Raises :class:`~.errors.InputError` for anything else."""
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
+        raise InputError(f"the picture is {rgb.dtype} {list(rgb.shape)}; the encoders take uint8 [H, W, 3]")
+    return Image.fromarray(np.ascontiguousarray(rgb))
+
+
+def unit_tensor(picture: Image.Image) -> Tensor:
+    """float32 [3, H, W] in [0, 1] of an RGB picture."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
