@@ -87,8 +87,8 @@ def orbit_cameras(
     :class:`InputError` for values that are not finite, a field of view outside (0, 180) or a distance that is
     not positive.
 
-    >>> orbit_cameras([90.0], 0.0, 40.0, 2.0).c2w[0, :3, 3].round().tolist()
-    [2.0, 0.0, 0.0]
+    >>> orbit_cameras([90.0], 0.0, 40.0, 2.0).c2w[0, 0, 3].item()  # at +x
+    2.0
     """
     azimuths = [float(value) for value in azimuth_deg]
     elevations = (
