@@ -1,0 +1,145 @@
+"""The radiance field: a hash grid and two bias-free perceptrons, with analytic normals.
+
+density = softplus(net(h(x)) + strength (1 - |x| / radius)), albedo = sigmoid(net(h(x))), both nets one
+hidden ReLU layer over the hash features h of x; normal = normalize(-d density / d x). Source: ImageDream's
+released fusion configuration (threestudio's implicit volume with a "magic3d" density bias), after Lin et
+al. 2022, "Magic3D".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.hash_grid import grid_levels, hash_encode, hash_encode_jacobian
+from ..config import FieldConfig, HashGridConfig
+
+Pullback = Callable[[Tensor], Tensor]
+"""Of features [N, L F] at x [N, 3]: a gradient by the features [N, L F] -> the gradient by x [N, 3],
+differentiable."""
+
+
+@dataclass(frozen=True)
+class FieldOutput:
+    """The field at N points."""
+
+    sigma: Tensor
+    """[N] density, per scene unit, not negative."""
+    albedo: Tensor
+    """[N, 3] in [0, 1]."""
+    normal: Tensor | None
+    """[N, 3] unit vectors pointing out of the matter; zero where the density has no slope."""
+
+
+class HashGrid(nn.Module):
+    """The hash encoding with its table [P, features], drawn from U(-1e-4, 1e-4)."""
+
+    def __init__(self, config: HashGridConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.levels = grid_levels(config.levels, config.log2_table, config.base_resolution, config.growth)
+        self.width = config.levels * config.features
+        rows = self.levels[-1].offset + self.levels[-1].entries
+        table = torch.empty(rows, config.features).uniform_(-1e-4, 1e-4, generator=generator)
+        self.table = nn.Parameter(table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, L F] of x [N, 3] in the unit cube."""
+        return hash_encode(x, self.table, self.levels)
+
+    def with_pullback(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """The features, and what carries a gradient by them back to x."""
+        features, jacobian = hash_encode_jacobian(x, self.table, self.levels)
+        # [L F, 3, N]: the contiguous layout behind the view, so that the sum below runs along memory.
+        slopes = jacobian.permute(1, 2, 0)
+        return features, lambda grad: (grad.t()[:, None] * slopes).sum(0).t()
+
+
+class Perceptron(nn.Module):
+    """W_out relu(W_in x), no biases; weights as ``nn.Linear`` draws them."""
+
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(_linear(hidden, inputs, generator))
+        self.outer = nn.Parameter(_linear(outputs, hidden, generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, inputs] -> [N, outputs]."""
+        return self.with_hidden(x)[0]
+
+    def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output [N, outputs] and the hidden layer [hidden, N]; samples run along memory in both."""
+        hidden = torch.relu(self.inner @ x.t())
+        return (self.outer @ hidden).t(), hidden
+
+    def input_gradient(self, hidden: Tensor) -> Tensor:
+        """d output / d x [N, inputs] of a one-output perceptron, from the hidden layer [hidden, N];
+        differentiable."""
+        return (self.inner.t() @ ((hidden > 0) * self.outer.t())).t()
+
+
+class Field(nn.Module):
+    """Density, albedo and normal at points of the box [-1, 1]^3, in float32 also under autocast.
+
+    >>> from imagedream_rt.engine.config import FieldConfig, HashGridConfig
+    >>> field = Field(FieldConfig(HashGridConfig(levels=2, log2_table=10, base_resolution=4)))
+    >>> field(torch.zeros(5, 3)).normal.shape, field.density(torch.zeros(5, 3)).round().tolist()
+    (torch.Size([5, 3]), [10.0, 10.0, 10.0, 10.0, 10.0])
+    """
+
+    def __init__(self, config: FieldConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = HashGrid(config.grid, generator)
+        self.density_net = Perceptron(self.grid.width, config.hidden, 1, generator)
+        self.albedo_net = Perceptron(self.grid.width, config.hidden, 3, generator)
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density [N] at points [N, 3]."""
+        with torch.autocast(points.device.type, enabled=False):
+            return self._density(points, self.density_net(self.grid(_unit(points))))
+
+    def albedo(self, points: Tensor) -> Tensor:
+        """Albedo [N, 3] in [0, 1] at points [N, 3]."""
+        with torch.autocast(points.device.type, enabled=False):
+            return torch.sigmoid(self.albedo_net(self.grid(_unit(points))))
+
+    def forward(self, points: Tensor, with_normal: bool = True) -> FieldOutput:
+        """Everything at points [N, 3], with one look-up.
+
+        The normal too is differentiable, in the parameters of the grid and of the density.
+        """
+        with torch.autocast(points.device.type, enabled=False):
+            if not with_normal:
+                features = self.grid(_unit(points))
+                sigma = self._density(points, self.density_net(features))
+                return FieldOutput(sigma, torch.sigmoid(self.albedo_net(features)), None)
+            features, pullback = self.grid.with_pullback(_unit(points))
+            raw, hidden = self.density_net.with_hidden(features)
+            # The unit cube is half as wide as the box: d unit / d point = 1 / 2.
+            slope = 0.5 * pullback(self.density_net.input_gradient(hidden)) + self._blob_slope(points)
+            # Softplus only scales the gradient, by a positive number.
+            normal = nn.functional.normalize(-slope, dim=-1)
+            return FieldOutput(self._density(points, raw), torch.sigmoid(self.albedo_net(features)), normal)
+
+    def _density(self, points: Tensor, raw: Tensor) -> Tensor:
+        blob = self.config.blob_strength * (1.0 - points.norm(dim=-1) / self.config.blob_radius)
+        return nn.functional.softplus(raw[:, 0] + blob)
+
+    def _blob_slope(self, points: Tensor) -> Tensor:
+        return nn.functional.normalize(points, dim=-1) * (
+            -self.config.blob_strength / self.config.blob_radius
+        )
+
+
+def _unit(points: Tensor) -> Tensor:
+    return (points + 1.0) / 2.0
+
+
+def _linear(outputs: int, inputs: int, generator: torch.Generator | None) -> Tensor:
+    bound = inputs**-0.5
+    return torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator)

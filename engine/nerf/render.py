@@ -1,0 +1,227 @@
+"""Rendering a field: march, drop what cannot be seen, evaluate, shade, composite over the background."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.composite import composite, visible
+from ...kernels.ray_march import Samples, march, pack
+from ..config import RenderConfig
+from .background import Background
+from .field import Field
+from .occupancy import OccupancyGrid
+from .shading import ALBEDO, Shading, shade
+
+if TYPE_CHECKING:
+    from ..cameras import Rays
+
+LATTICE_POINTS = 2**22
+"""Most points of the marching lattice that are looked at together."""
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """The N samples that a render kept: what the losses need."""
+
+    ray_indices: Tensor
+    """[N] int64, into the flattened rays."""
+    weights: Tensor
+    """[N] part of the ray's light that comes from the sample."""
+    sigma: Tensor
+    """[N]"""
+    normals: Tensor | None
+    """[N, 3] unit, where asked for."""
+    directions: Tensor
+    """[N, 3] unit direction of the sample's ray."""
+    t_starts: Tensor
+    """[N]"""
+    t_ends: Tensor
+    """[N]"""
+
+    def __len__(self) -> int:
+        return self.ray_indices.shape[0]
+
+
+@dataclass(frozen=True)
+class RenderOutput:
+    """Pictures over the rays' shape: [V, H, W] from :func:`render`, [R] from :func:`render_rays`."""
+
+    rgb: Tensor
+    """[..., 3] foreground over background."""
+    foreground_rgb: Tensor
+    """[..., 3] light from the object alone."""
+    background_rgb: Tensor
+    """[..., 3] what is behind, also where it is hidden."""
+    opacity: Tensor
+    """[..., 1]"""
+    depth: Tensor
+    """[..., 1] sum of weight times distance, not divided by the opacity."""
+    z_variance: Tensor
+    """[..., 1] sum of weight times (distance - depth)^2."""
+    normal: Tensor | None
+    """[..., 3] unit mean normal, zero where nothing is seen; where asked for."""
+    samples: SampleBatch
+    """Empty (``len(samples) == 0``) if no ray met any matter."""
+
+
+def sample_rays(
+    field: Field,
+    occupancy: OccupancyGrid,
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor | None,
+    config: RenderConfig,
+) -> Samples:
+    """Samples of rays [R, 3] worth a gradient: in occupied cells, still lit, and not transparent.
+
+    ``near`` [R] is where each ray's lattice begins. Without gradient. Warns when more than
+    ``config.max_samples`` are left and the farthest are dropped.
+    """
+    chunk = max(1, LATTICE_POINTS // config.samples_per_ray)
+    n_rays = origins.shape[0]
+    kept = []
+    with torch.no_grad():
+        alpha_least = occupancy.alpha_threshold
+        for start in range(0, n_rays, chunk):
+            rows = slice(start, start + chunk)
+            found = march(
+                origins[rows],
+                directions[rows],
+                occupancy.occupied,
+                config.step_size,
+                None if near is None else near[rows],
+            )
+            sigma = field.density(_midpoints(origins[rows], directions[rows], found))
+            found = found.keep(visible(sigma, found, config.transmittance_stop, alpha_least))
+            kept.append(replace(found, ray_indices=found.ray_indices + start))
+    samples = kept[0]
+    if len(kept) > 1:
+        samples = pack(
+            torch.cat([part.ray_indices for part in kept]),
+            torch.cat([part.t_starts for part in kept]),
+            torch.cat([part.t_ends for part in kept]),
+            n_rays,
+        )
+    if len(samples) > config.max_samples:
+        warnings.warn(
+            f"a render of {n_rays} rays has {len(samples)} samples;"
+            f" only the nearest {config.max_samples} are used",
+            stacklevel=2,
+        )
+        samples = samples.nearest(config.max_samples)
+    return samples
+
+
+def render_rays(
+    field: Field,
+    background: Background,
+    occupancy: OccupancyGrid,
+    origins: Tensor,
+    directions: Tensor,
+    *,
+    config: RenderConfig,
+    light_positions: Tensor | None = None,
+    shading: Shading = ALBEDO,
+    background_colour: Tensor | None = None,
+    jitter: torch.Generator | Tensor | None = None,
+    with_normals: bool = False,
+) -> RenderOutput:
+    """Render rays with origins and unit directions [R, 3]; differentiable in the field and the background.
+
+    light_positions [R, 3] per ray; background_colour [3] or [R, 3] replaces the background network, whose
+    parameters then get exactly zero gradients; jitter moves each ray's lattice by a part of a step: a
+    generator to draw it from, the parts [R] themselves, or None for none (evaluation). Normals are computed
+    if asked for or if the shading needs them. With R = 0, or no sample on any ray, the background shows and
+    nothing fails.
+    """
+    n_rays = origins.shape[0]
+    near = None
+    if isinstance(jitter, torch.Generator):
+        near = torch.rand(n_rays, generator=jitter, device=jitter.device).to(origins) * config.step_size
+    elif jitter is not None:
+        near = jitter * config.step_size
+    samples = sample_rays(field, occupancy, origins, directions, near, config)
+    points = _midpoints(origins, directions, samples)
+    out = field(points, with_normal=with_normals or shading.needs_normals)
+    lights = None if light_positions is None else light_positions.index_select(0, samples.ray_indices)
+    values = shade(out.albedo, out.normal, points, lights, shading)
+    if out.normal is not None:
+        values = torch.cat((values, out.normal), dim=1)
+    seen = composite(out.sigma, values, samples)
+
+    behind = background(directions)
+    if background_colour is not None:
+        behind = behind * 0.0 + background_colour
+    opacity, foreground = seen.opacity[:, None], seen.values[:, :3]
+    return RenderOutput(
+        rgb=foreground + behind * (1.0 - opacity),
+        foreground_rgb=foreground,
+        background_rgb=behind,
+        opacity=opacity,
+        depth=seen.depth[:, None],
+        z_variance=seen.z_variance[:, None],
+        normal=None if out.normal is None else nn.functional.normalize(seen.values[:, 3:], dim=-1),
+        samples=SampleBatch(
+            samples.ray_indices,
+            seen.weights,
+            out.sigma,
+            out.normal,
+            directions.index_select(0, samples.ray_indices),
+            samples.t_starts,
+            samples.t_ends,
+        ),
+    )
+
+
+def render(
+    field: Field,
+    background: Background,
+    occupancy: OccupancyGrid,
+    rays: Rays,
+    *,
+    config: RenderConfig,
+    light_positions: Tensor | None = None,
+    shading: Shading = ALBEDO,
+    background_colour: Tensor | None = None,
+    jitter: torch.Generator | Tensor | None = None,
+    with_normals: bool = False,
+) -> RenderOutput:
+    """Render pictures [V, H, W]: :func:`render_rays` of all pixels, with one light position [V, 3] per
+    view."""
+    shape = rays.origins.shape[:-1]
+    if light_positions is not None:
+        light_positions = light_positions[:, None, None].expand(*shape, 3).reshape(-1, 3)
+    flat = render_rays(
+        field,
+        background,
+        occupancy,
+        rays.origins.reshape(-1, 3),
+        rays.directions.reshape(-1, 3),
+        config=config,
+        light_positions=light_positions,
+        shading=shading,
+        background_colour=background_colour,
+        jitter=jitter,
+        with_normals=with_normals,
+    )
+    return RenderOutput(
+        rgb=flat.rgb.view(*shape, 3),
+        foreground_rgb=flat.foreground_rgb.view(*shape, 3),
+        background_rgb=flat.background_rgb.view(*shape, 3),
+        opacity=flat.opacity.view(*shape, 1),
+        depth=flat.depth.view(*shape, 1),
+        z_variance=flat.z_variance.view(*shape, 1),
+        normal=None if flat.normal is None else flat.normal.view(*shape, 3),
+        samples=flat.samples,
+    )
+
+
+def _midpoints(origins: Tensor, directions: Tensor, samples: Samples) -> Tensor:
+    middle = (samples.t_starts + samples.t_ends) / 2.0
+    rays = samples.ray_indices
+    return origins.index_select(0, rays) + directions.index_select(0, rays) * middle[:, None]

@@ -1,0 +1,47 @@
+"""Diffuse shading by one point light, as in DreamFusion (Poole et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shading:
+    """How much light there is: colour = albedo (ambient + diffuse max(n.l, 0)); ``textureless`` takes
+    albedo as 1."""
+
+    ambient: float = 1.0
+    diffuse: float = 0.0
+    textureless: bool = False
+
+    @property
+    def needs_normals(self) -> bool:
+        return self.diffuse != 0.0
+
+
+ALBEDO = Shading()
+"""The plain albedo: what evaluation and the first steps of the fusion show."""
+
+
+def shade(
+    albedo: Tensor, normals: Tensor | None, points: Tensor, light_positions: Tensor | None, shading: Shading
+) -> Tensor:
+    """Colours [N, 3] of points [N, 3], each with its albedo, unit normal and light position [N, 3].
+
+    Normals and lights are only needed for a diffuse part. Textureless colours carry an exactly zero
+    gradient to the albedo, so that an optimiser treats its parameters alike on all steps. Raises
+    ``ValueError`` when normals or lights are needed and missing.
+    """
+    if not shading.needs_normals:
+        light: Tensor | float = shading.ambient
+    elif normals is None or light_positions is None:
+        raise ValueError("diffuse shading needs normals and light positions")
+    else:
+        towards = nn.functional.normalize(light_positions - points, dim=-1)
+        facing = (normals * towards).sum(-1, keepdim=True).clamp(min=0.0)
+        light = facing * shading.diffuse + shading.ambient
+    if shading.textureless:
+        return albedo * 0.0 + light
+    return albedo * light

@@ -1,0 +1,196 @@
+"""Multiresolution hash encoding: value, Jacobian, and the gradients of both, in plain torch.
+
+At level l the unit cube carries a grid of scale s_l = b g^l - 1; a point is looked up at p = s_l x + 1/2,
+and its feature is the trilinear mix of the eight corners of floor(p). A level whose r_l^3 vertices (r_l =
+ceil(s_l) + 1) fit into the table is stored densely; otherwise vertices are hashed (Mueller et al. 2022,
+"Instant Neural Graphics Primitives", section 3). Scales, offsets, indices and the layout of the parameters
+are those of tiny-cuda-nn's ``HashGrid``, so that tables can be exchanged.
+
+Data is kept with the samples last ([features, N]): every step is then one pass over contiguous memory, and
+the results handed out are transposed views of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PRIMES = (1, 2654435761, 805459861)
+"""Multipliers of the spatial hash (Mueller et al. 2022, equation 4)."""
+
+
+@dataclass(frozen=True)
+class GridLevel:
+    """One level: where its entries lie in the table and how they are indexed."""
+
+    scale: float
+    resolution: int
+    offset: int
+    entries: int
+    hashed: bool
+
+
+def grid_levels(levels: int, log2_table: int, base_resolution: int, growth: float) -> tuple[GridLevel, ...]:
+    """The levels of a grid, coarse to fine.
+
+    A table for them has ``levels[-1].offset + levels[-1].entries`` rows. Scales are rounded as
+    tiny-cuda-nn's float32 arithmetic rounds them. Raises ``ValueError`` unless levels >= 1, base_resolution
+    >= 2, growth >= 1 and log2_table lies in 3..30.
+
+    >>> [(level.resolution, level.hashed) for level in grid_levels(3, 12, 8, 1.5)]
+    [(8, False), (12, False), (18, True)]
+    """
+    if levels < 1 or base_resolution < 2 or growth < 1.0 or not 3 <= log2_table <= 30:
+        raise ValueError(
+            f"hash grid of levels={levels}, log2_table={log2_table}, base_resolution={base_resolution},"
+            f" growth={growth}: levels must be >= 1, log2_table in 3..30, base_resolution >= 2, growth >= 1"
+        )
+    log2_growth = torch.log2(torch.tensor(growth, dtype=torch.float32))
+    found = []
+    offset = 0
+    for index in range(levels):
+        scale = float(torch.exp2(index * log2_growth) * base_resolution - 1.0)
+        resolution = -int(-scale // 1) + 1
+        vertices = resolution**3
+        entries = min((vertices + 7) // 8 * 8, 2**log2_table)
+        found.append(GridLevel(scale, resolution, offset, entries, vertices > entries))
+        offset += entries
+    return tuple(found)
+
+
+def _corners(x: Tensor, level: GridLevel) -> tuple[Tensor, Tensor]:
+    """Entries of the eight corners and position between them: x [3, N] -> index [8 N] (z, y, x slowest to
+    fastest), [3, N]."""
+    position = x * level.scale + 0.5
+    cell = position.floor()
+    fraction = position - cell
+    low = cell.long()
+    # [3, 2, N]: each axis' contribution to the index at its lower and its upper corner.
+    vertex = torch.stack((low, low + 1), dim=1)
+    if level.hashed:
+        part = [vertex[axis] * PRIMES[axis] & (level.entries - 1) for axis in range(3)]
+        index = part[2][:, None, None] ^ part[1][None, :, None] ^ part[0][None, None, :]
+    else:
+        part = [vertex[axis] * level.resolution**axis for axis in range(3)]
+        index = part[2][:, None, None] + part[1][None, :, None] + part[0][None, None, :]
+        # Upper corners beyond the last vertex wrap round, as in tiny-cuda-nn.
+        index = index.remainder_(level.entries)
+    return index.view(-1), fraction
+
+
+class _HashEncode(torch.autograd.Function):
+    """x [3, N], table [P, F] -> value [L F, N], and with ``jacobian`` also d value / d x [L F, 3, N]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, levels: tuple[GridLevel, ...], jacobian: bool) -> Any:
+        features, n = table.shape[1], x.shape[1]
+        columns = table.t().contiguous()
+        value = table.new_empty(len(levels), features, n)
+        slope = table.new_empty(len(levels), features, 3, n) if jacobian else None
+        for number, level in enumerate(levels):
+            index, (fx, fy, fz) = _corners(x, level)
+            entries = columns[:, level.offset : level.offset + level.entries]
+            corner = entries.index_select(1, index).view(features, 2, 2, 2, n)
+            a0, a1 = corner[..., 0, :], corner[..., 1, :]
+            a = torch.lerp(a0, a1, fx)
+            b = torch.lerp(a[..., 0, :], a[..., 1, :], fy)
+            torch.lerp(b[:, 0], b[:, 1], fz, out=value[number])
+            if slope is not None:
+                dx = a1 - a0
+                dx = torch.lerp(dx[..., 0, :], dx[..., 1, :], fy)
+                dy = a[..., 1, :] - a[..., 0, :]
+                slope[number, :, 0] = torch.lerp(dx[:, 0], dx[:, 1], fz)
+                slope[number, :, 1] = torch.lerp(dy[:, 0], dy[:, 1], fz)
+                slope[number, :, 2] = b[:, 1] - b[:, 0]
+                slope[number] *= level.scale
+        ctx.save_for_backward(x)
+        ctx.levels, ctx.table_shape = levels, table.shape
+        ctx.set_materialize_grads(False)
+        if slope is None:
+            return value.view(-1, n)
+        return value.view(-1, n), slope.view(-1, 3, n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        (x,) = ctx.saved_tensors
+        grad_value, grad_slope = grads[0], grads[1] if len(grads) > 1 else None
+        given = grad_value if grad_value is not None else grad_slope
+        if given is None:
+            return None, None, None, None
+        n, (rows, features) = x.shape[1], ctx.table_shape
+        grad = given.new_zeros(features, rows)
+        for number, level in enumerate(ctx.levels):
+            index, (fx, fy, fz) = _corners(x, level)
+            here = slice(number * features, (number + 1) * features)
+            g = grad_value[here] if grad_value is not None else given.new_zeros(features, n)
+            if grad_slope is None:
+                corner = _spread(_spread(_spread(g, fz), fy), fx)
+            else:
+                slope = grad_slope[here] * level.scale
+                gy, gx = _spread(slope[:, 1], fz), _spread(_spread(slope[:, 0], fz), fy)
+                corner = _spread(_spread(_spread(g, fz, slope[:, 2]), fy, gy), fx, gx)
+            entries = grad[:, level.offset : level.offset + level.entries]
+            entries.index_add_(1, index, corner.view(features, -1))
+        return None, grad.t(), None, None
+
+
+def _spread(grad: Tensor, fraction: Tensor, grad_difference: Tensor | None = None) -> Tensor:
+    """Adjoint of one interpolation: gradients of lerp(a, b, fraction) and of b - a -> of (a, b), [..., N]
+    -> [..., 2, N]."""
+    upper = grad * fraction
+    lower = grad - upper
+    if grad_difference is not None:
+        upper, lower = upper + grad_difference, lower - grad_difference
+    return torch.stack((lower, upper), dim=-2)
+
+
+def _check(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> None:
+    if x.dim() != 2 or x.shape[1] != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [N, 3]")
+    rows = levels[-1].offset + levels[-1].entries
+    if table.dim() != 2 or table.shape[0] != rows:
+        raise ValueError(f"table has shape {tuple(table.shape)}; these levels need [{rows}, features]")
+    if x.dtype != table.dtype or x.device != table.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}, table {table.dtype} on {table.device}; they must agree"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x requires a gradient, which is not provided: use hash_encode_jacobian and chain it"
+        )
+
+
+def hash_encode(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> Tensor:
+    """Features of points.
+
+    x [N, 3] in the unit cube, table [P, F], ``levels`` from :func:`grid_levels` -> [N, L F], level-major, a
+    transposed view of contiguous [L F, N]. Differentiable with respect to ``table``, once. Points outside
+    the cube get some entry of the table and never fail. Raises ``ValueError`` for shapes, dtypes or devices
+    that do not fit, and if ``x`` requires a gradient.
+
+    >>> levels = grid_levels(1, 9, 2, 1.0)
+    >>> table = torch.arange(8.0)[:, None]
+    >>> hash_encode(torch.zeros(1, 3), table, levels)
+    tensor([[3.5000]])
+    """
+    _check(x, table, levels)
+    return _HashEncode.apply(x.t().contiguous(), table, tuple(levels), False).t()
+
+
+def hash_encode_jacobian(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> tuple[Tensor, Tensor]:
+    """Features of points and their derivatives by the coordinates, in one pass.
+
+    Same arguments as :func:`hash_encode` -> features [N, L F] and Jacobian [N, L F, 3] in units of 1 /
+    (unit cube), views of contiguous [L F, N] and [L F, 3, N]. Both are differentiable with respect to
+    ``table``, so a function of the Jacobian such as a normal trains the table with first-order autograd
+    alone. The Jacobian is that of the cell that the point lies in; it jumps at cell borders.
+    """
+    _check(x, table, levels)
+    value, slope = _HashEncode.apply(x.t().contiguous(), table, tuple(levels), True)
+    return value.t(), slope.permute(2, 0, 1)
