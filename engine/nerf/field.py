@@ -95,18 +95,18 @@ class Field(nn.Module):
         super().__init__()
         self.config = config
         self.grid = HashGrid(config.grid, generator)
-        self.density_net = Perceptron(self.grid.width, config.hidden, 1, generator)
-        self.albedo_net = Perceptron(self.grid.width, config.hidden, 3, generator)
+        self.density_mlp = Perceptron(self.grid.width, config.hidden, 1, generator)
+        self.feature_mlp = Perceptron(self.grid.width, config.hidden, 3, generator)
 
     def density(self, points: Tensor) -> Tensor:
         """Density [N] at points [N, 3]."""
         with torch.autocast(points.device.type, enabled=False):
-            return self._density(points, self.density_net(self.grid(_unit(points))))
+            return self._density(points, self.density_mlp(self.grid(_unit(points))))
 
     def albedo(self, points: Tensor) -> Tensor:
         """Albedo [N, 3] in [0, 1] at points [N, 3]."""
         with torch.autocast(points.device.type, enabled=False):
-            return torch.sigmoid(self.albedo_net(self.grid(_unit(points))))
+            return torch.sigmoid(self.feature_mlp(self.grid(_unit(points))))
 
     def forward(self, points: Tensor, with_normal: bool = True) -> FieldOutput:
         """Everything at points [N, 3], with one look-up.
@@ -116,15 +116,15 @@ class Field(nn.Module):
         with torch.autocast(points.device.type, enabled=False):
             if not with_normal:
                 features = self.grid(_unit(points))
-                sigma = self._density(points, self.density_net(features))
-                return FieldOutput(sigma, torch.sigmoid(self.albedo_net(features)), None)
+                sigma = self._density(points, self.density_mlp(features))
+                return FieldOutput(sigma, torch.sigmoid(self.feature_mlp(features)), None)
             features, pullback = self.grid.with_pullback(_unit(points))
-            raw, hidden = self.density_net.with_hidden(features)
+            raw, hidden = self.density_mlp.with_hidden(features)
             # The unit cube is half as wide as the box: d unit / d point = 1 / 2.
-            slope = 0.5 * pullback(self.density_net.input_gradient(hidden)) + self._blob_slope(points)
+            slope = 0.5 * pullback(self.density_mlp.input_gradient(hidden)) + self._blob_slope(points)
             # Softplus only scales the gradient, by a positive number.
             normal = nn.functional.normalize(-slope, dim=-1)
-            return FieldOutput(self._density(points, raw), torch.sigmoid(self.albedo_net(features)), normal)
+            return FieldOutput(self._density(points, raw), torch.sigmoid(self.feature_mlp(features)), normal)
 
     def _density(self, points: Tensor, raw: Tensor) -> Tensor:
         blob = self.config.blob_strength * (1.0 - points.norm(dim=-1) / self.config.blob_radius)
