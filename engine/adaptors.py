@@ -1,7 +1,8 @@
 """Image adaptors: CLIP features of the prompt picture -> tokens for the image branch of the cross-attentions.
 
 Parameter names are those of the released checkpoints (``image_embed.*``).
-Source: paper (arXiv 2312.02201) section 3.2; the resampler is Flamingo's perceiver resampler as IP-Adapter-Plus has it.
+Source: paper (arXiv 2312.02201) section 3.2; the resampler is Flamingo's (arXiv 2204.14198) in the form of
+IP-Adapter (arXiv 2308.06721).
 """
 
 from __future__ import annotations
@@ -40,8 +41,29 @@ class ResamplerAttention(nn.Module):
         return x.unflatten(-1, (self.heads, RESAMPLER_HEAD_DIM)).transpose(1, 2)
 
 
+class ResamplerLayer(nn.Sequential):
+    """Attention, then a feed-forward of four times the width; each residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        feed_forward = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * width, width, bias=False),
+        )
+        super().__init__(ResamplerAttention(width, heads), feed_forward)
+
+    def forward(self, hidden: Tensor, latents: Tensor) -> Tensor:  # type: ignore[override]
+        """``hidden`` [B, T, W], ``latents`` [B, n, W] -> [B, n, W]."""
+        latents = latents + self[0](hidden, latents)
+        return latents + self[1](latents)
+
+
 class Resampler(nn.Module):
-    """``local``: all hidden states [B, T, Dv] -> n learned tokens [B, n, D]. Of zeros it makes constant, non-zero tokens."""
+    """``local`` and ``pixel``: all hidden states [B, T, Dv] -> n tokens [B, n, D].
+
+    A map of zeros gives tokens that are constant but not zero: the unconditional branch is made of them.
+    """
 
     def __init__(self, image_dim: int, width: int, out_dim: int, tokens: int, depth: int, heads: int) -> None:
         super().__init__()
@@ -49,26 +71,14 @@ class Resampler(nn.Module):
         self.proj_in = nn.Linear(image_dim, width)
         self.proj_out = nn.Linear(width, out_dim)
         self.norm_out = nn.LayerNorm(out_dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList((ResamplerAttention(width, heads), _feed_forward(width))) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(ResamplerLayer(width, heads) for _ in range(depth))
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = self.proj_in(hidden)
         latents = self.latents.expand(hidden.shape[0], -1, -1)
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
-            latents = latents + attention(hidden, latents)
-            latents = latents + feed_forward(latents)
+        for layer in self.layers:
+            latents = layer(hidden, latents)
         return self.norm_out(self.proj_out(latents))
-
-
-def _feed_forward(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(width),
-        nn.Linear(width, 4 * width, bias=False),
-        nn.GELU(),
-        nn.Linear(4 * width, width, bias=False),
-    )
 
 
 class LinearProjector(nn.Module):

@@ -136,7 +136,9 @@ class PromptCrossAttention(nn.Module):
         """``x`` [N, T, C] -> [N, T, C]."""
         q = self._split(self.to_q(x))
         k_text, v_text = self.text_key_value(prompt.context)
-        k_image, v_image = (None, None) if prompt.image_tokens is None else self.image_key_value(prompt.image_tokens)
+        k_image = v_image = None
+        if prompt.image_tokens is not None:
+            k_image, v_image = self.image_key_value(prompt.image_tokens)
         return self.to_out(decoupled_cross_attention(q, k_text, v_text, k_image, v_image, prompt.image_scale))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over all views, cross-attention to the prompt, feed-forward; each on a LayerNorm, each residual."""
+    """Self-attention over all views, cross-attention to the prompt, feed-forward; pre-norm, residual."""
 
     def __init__(self, channels: int, context_dim: int, head_dim: int, with_image: bool) -> None:
         super().__init__()
@@ -193,7 +195,8 @@ class MultiViewTransformer(nn.Module):
         super().__init__()
         self.norm = GroupNorm32(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList((TransformerBlock(channels, context_dim, head_dim, with_image),))
+        block = TransformerBlock(channels, context_dim, head_dim, with_image)
+        self.transformer_blocks = nn.ModuleList((block,))
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, prompt: Prompt, frames: int) -> Tensor:

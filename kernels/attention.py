@@ -9,6 +9,7 @@ Source: the inflated "3D" self-attention of MVDream (arXiv 2308.16512, section 3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -33,7 +34,9 @@ def multi_view_attention_reference(qkv: Tensor) -> Tensor:
 def check_attention_backend(backend: str) -> None:
     """Raise ValueError for an unknown backend and ImportError for one that is not installed."""
     if backend not in get_args(AttentionBackend):
-        raise ValueError(f"attention backend {backend!r} is unknown; use {' or '.join(get_args(AttentionBackend))}")
+        raise ValueError(
+            f"unknown attention backend {backend!r}; there are {', '.join(get_args(AttentionBackend))}"
+        )
     if backend == "xformers":
         _xformers_attention()
 
@@ -42,8 +45,8 @@ def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "torch") -> Te
     """Self-attention over all F*T tokens of each group; softmax scale 1/sqrt(D); differentiable.
 
     Args:
-        qkv: [B, F, T, 3, H, D], floating point; queries, keys and values packed on axis 3, so that one projection
-            with stacked weights can write it.
+        qkv: [B, F, T, 3, H, D], floating point; queries, keys and values packed on axis 3, so that one
+            projection with stacked weights can write it.
         backend: ``"torch"`` (scaled_dot_product_attention) or ``"xformers"`` (its memory-efficient attention;
             needs the ``xformers`` extra and a device that it supports).
 
@@ -73,7 +76,7 @@ def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "torch") -> Te
     return out.reshape(b, f, t, h * d)
 
 
-def _xformers_attention():  # type: ignore[no-untyped-def]
+def _xformers_attention() -> Callable[..., Tensor]:
     """xformers' ``memory_efficient_attention``: [B, L, H, D] tensors, scale 1/sqrt(D)."""
     try:
         from xformers.ops import memory_efficient_attention

@@ -20,7 +20,10 @@ def decoupled_cross_attention_reference(
     v_image: Tensor | None = None,
     image_scale: float = 1.0,
 ) -> Tensor:
-    """The formula above with an explicit softmax in float32 or wider and repeated keys; slow, the tests' oracle."""
+    """The formula above with repeated keys and an explicit softmax in float32 or wider; the tests' oracle.
+
+    Shapes as :func:`decoupled_cross_attention`.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
 
     def branch(k: Tensor, v: Tensor) -> Tensor:
@@ -44,8 +47,8 @@ def decoupled_cross_attention(
 ) -> Tensor:
     """Text attention plus ``image_scale`` times image attention; softmax scale 1/sqrt(D); differentiable.
 
-    N counts frames. A key/value row serves N / rows consecutive frames: with N = B*F frames, B rows hold one prompt
-    per group of F views, and N rows hold one per view. The image may have another number of rows than the text.
+    N counts frames. A key/value row serves N / rows consecutive frames: with N = B*F frames, B rows hold one
+    prompt per group of F views, and N rows one per view. The image may have more or fewer rows than the text.
 
     Args:
         q: [N, T, H, D].
@@ -74,11 +77,11 @@ def decoupled_cross_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
-    fits = q.ndim == 4 and k.ndim == 4 and k.shape == v.shape and k.shape[2:] == q.shape[2:] and k.shape[0] > 0
-    if not fits or q.shape[0] % k.shape[0]:
+    fits = q.ndim == 4 and k.ndim == 4 and k.shape == v.shape and k.shape[2:] == q.shape[2:]
+    if not fits or 0 in k.shape or q.shape[0] % k.shape[0]:
         raise ValueError(
-            f"q must be [N, T, H, D] and k_{name}, v_{name} [B, L, H, D] with B dividing N, got {list(q.shape)}, "
-            f"{list(k.shape)}, {list(v.shape)}"
+            f"q must be [N, T, H, D] and k_{name}, v_{name} [B, L, H, D] with B dividing N, "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
     n, t, h, d = q.shape
     # Queries do not see each other, so the frames that share a key/value row are one longer row of queries.
