@@ -2,8 +2,8 @@
 
 The released checkpoints hold one open_clip ViT-H-14. Its attention keeps query, key and value in one
 ``in_proj_weight``; transformers keeps three maps. Names here are those of transformers 4 (``text_model.``,
-``vision_model.``); transformers 5 drops the prefix of some classes, which :func:`clip_names_for` mends by looking at
-the module itself.
+``vision_model.``); transformers 5 drops the prefix of some classes, which :func:`clip_names_for` mends by
+looking at the module itself.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _TEXT_UNUSED = ("text_projection", "logit_scale", "attn_mask")
 def clip_text_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's text tower (names without ``clip_model.model.``) under the names of ``CLIPTextModel``.
 
-    The last block is left out: the released code feeds the UNet the output of all blocks but the last, then the
-    final LayerNorm. Tensors of the image tower are passed over. Pure: nothing given is changed; query, key and value
-    are views. A name that is not the tower's is handed on for the strict load to report.
+    The last block is left out: the released code feeds the UNet the output of all blocks but the last,
+    through the final LayerNorm. Tensors of the image tower are passed over. Pure: nothing given is changed;
+    query, key and value are views. A name that is not the tower's is handed on for the strict load to report.
     """
     blocks = _count_blocks(state, "transformer.resblocks.")
     last = f"transformer.resblocks.{blocks - 1}."
@@ -63,8 +63,9 @@ def clip_text_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def clip_vision_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's image tower (names ``visual.*``) under the names of ``CLIPVisionModelWithProjection``.
 
-    All blocks are kept: the pooled feature of the global controller needs the last one. ``visual.proj`` becomes
-    ``visual_projection.weight``, transposed; leave that out for a ``CLIPVisionModel``. Pure, as for the text.
+    All blocks are kept: the pooled feature of the global controller needs the last one. ``visual.proj``
+    becomes ``visual_projection.weight``, transposed; leave that out for a ``CLIPVisionModel``. Pure, as for
+    the text.
     """
     tower = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
     projection = tower.pop("proj", None)
@@ -77,8 +78,8 @@ def clip_vision_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def clip_text_config(state: Mapping[str, Tensor], *, head_dim: int = 64) -> dict[str, Any]:
     """Arguments of ``CLIPTextConfig`` for tensors under transformers' names, with or without the prefix.
 
-    No shape tells the width of a head; 64 is the released one. Raises :class:`~.errors.InputError` when a tensor
-    that fixes a size is missing.
+    No shape tells the width of a head; 64 is the released one. Raises :class:`~.errors.InputError` when a
+    tensor that fixes a size is missing.
     """
     bare = _without_prefix(state)
     vocabulary, width = _shape(bare, "embeddings.token_embedding.weight", 2)
@@ -115,7 +116,7 @@ def clip_vision_config(state: Mapping[str, Tensor], *, head_dim: int = 80) -> di
 def clip_names_for(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the names that this transformers version gives the module's own.
 
-    Adds or drops ``text_model.`` / ``vision_model.`` and leaves out the ``position_ids`` that old files carry.
+    Adds or drops ``text_model.`` or ``vision_model.``, and leaves out the ``position_ids`` of old files.
     """
     expected = module.state_dict().keys()
     prefix = next((name[: name.index(".") + 1] for name in expected if _PREFIX.match(name)), "")
@@ -148,11 +149,11 @@ def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 def _renamed(state: Mapping[str, Tensor], outer: Mapping[str, str]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        block = re.match(r"^transformer\.resblocks\.(\d+)\.(.+)\.?(weight|bias)$", name)
+        block = re.match(r"^transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)$", name)
         if block is None:
             renamed[outer.get(name, name)] = tensor
             continue
-        home, part, kind = f"encoder.layers.{block[1]}", block[2].rstrip("._"), block[3]
+        home, part, kind = f"encoder.layers.{block[1]}", block[2], block[3]
         if part == "attn.in_proj":
             for letter, third in zip("qkv", tensor.chunk(3), strict=False):
                 renamed[f"{home}.self_attn.{letter}_proj.{kind}"] = third

@@ -23,11 +23,10 @@ class TextEncoder(nn.Module):
         """Raises :class:`~.errors.InputError` when the tokenizer's ids do not fit the model's vocabulary."""
         super().__init__()
         vocabulary = int(model.config.vocab_size)
-        greatest = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        if greatest >= vocabulary:
+        if tokenizer.size > vocabulary:
             raise InputError(
-                f"the tokenizer's ids reach {greatest}, but the text encoder's vocabulary ends at {vocabulary - 1}; "
-                "give the tokenizer that belongs to this model"
+                f"the tokenizer knows {tokenizer.size} tokens, the text encoder {vocabulary}; give the "
+                "tokenizer that belongs to this model"
             )
         self.model = model
         self.tokenizer = tokenizer
@@ -35,7 +34,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokenizer: Tokenizer) -> TextEncoder:
-        """An encoder with fresh weights. ``config``: arguments of ``CLIPTextConfig`` or a folder's ``config.json``."""
+        """An encoder with fresh weights; ``config``: arguments of ``CLIPTextConfig`` (a ``config.json``)."""
         from transformers import CLIPTextConfig, CLIPTextModel
 
         return cls(CLIPTextModel(CLIPTextConfig(**without_dtype(config))), tokenizer)
@@ -53,7 +52,7 @@ class TextEncoder(nn.Module):
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
 
     def context(self, ids: Tensor) -> Tensor:
-        """Context [N, 77, D] of ids [N, 77]: causal attention, no padding mask, final LayerNorm; all positions."""
+        """Context [N, 77, D] of ids [N, 77]: causal attention without padding mask, final LayerNorm."""
         device = next(self.model.parameters()).device
         return self.model(input_ids=ids.to(device)).last_hidden_state
 

@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     pad_id: int
+    size: int
+    """Ids are 0 to ``size`` - 1."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of cleaned text (see :func:`clean_text`), without start, end and padding."""
@@ -37,7 +39,7 @@ class Tokenizer(Protocol):
 class ClipTokenizer:
     """CLIP's byte-pair encoding, its merges taken from the package ``instant-clip-tokenizer``.
 
-    Control tokens cannot be written in a prompt: their names are encoded as ordinary text.
+    Control tokens cannot be written in a prompt: their names are ordinary text.
     """
 
     pad_id = 0
@@ -48,13 +50,15 @@ class ClipTokenizer:
             from instant_clip_tokenizer import Tokenizer as InstantTokenizer
         except ImportError as error:
             raise MissingDependency(
-                "CLIP's vocabulary is not here: this checkpoint brings no tokenizer, and the package that holds CLIP's "
-                f"merges cannot be imported ({error}). Install it with `pip install instant-clip-tokenizer` (it has "
-                "wheels for Python up to 3.12), or use a diffusers-format folder, which has tokenizer/vocab.json"
+                "CLIP's vocabulary is not here: this checkpoint brings no tokenizer, and the package that "
+                f"holds CLIP's merges cannot be imported ({error}). Install it with `pip install "
+                "instant-clip-tokenizer` (it has wheels for Python up to 3.12), or use a diffusers-format "
+                "folder, which brings a tokenizer"
             ) from error
         self._pairs = InstantTokenizer()
         self.bos_id = self._pairs.start_of_text()
         self.eos_id = self._pairs.end_of_text()
+        self.size = self.eos_id + 1
 
     def encode(self, text: str) -> list[int]:
         return self._pairs.encode(text)
@@ -63,13 +67,14 @@ class ClipTokenizer:
 class FolderTokenizer:
     """The tokenizer in a model's folder: ``tokenizer.json``, or CLIP's ``vocab.json`` and ``merges.txt``.
 
-    The control tokens are those that ``tokenizer_config.json`` names, else CLIP's; padding is 0 if it names none.
+    The control tokens are those that ``tokenizer_config.json`` names, or CLIP's; padding is 0 by default.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises :class:`~.errors.InputError` when the files are missing, malformed or without control tokens."""
+        """Raises :class:`~.errors.InputError` if the files are missing, malformed or lack control tokens."""
         self.folder = Path(folder)
         self._pipeline = _read_pipeline(self.folder)
+        self.size = 1 + max(self._pipeline.get_vocab().values(), default=-1)
         named = _named_tokens(self.folder / "tokenizer_config.json")
         self.bos_id = self._id(named.get("bos_token", START))
         self.eos_id = self._id(named.get("eos_token", END))
@@ -91,17 +96,15 @@ class FolderTokenizer:
 def clean_text(text: str) -> str:
     """Text as CLIP's tokenizer reads it: repaired, unescaped, in lower case, with single spaces.
 
-    As open_clip's cleaning (ftfy, ``html.unescape`` twice, white space, lower case), with ftfy's rules written out:
-    ligatures and full-width letters to plain ones, curly quotes to straight, no control characters, NFC. Only its
-    repair of wrongly decoded text ("Ã©") is left out: it guesses, and ids must not depend on what is installed.
+    As open_clip's cleaning (ftfy, ``html.unescape`` twice, white space, lower case), with ftfy's rules
+    written out: ligatures and full-width letters to plain ones, curly quotes to straight, no control
+    characters, NFC. Only its repair of wrongly decoded text ("Ã©") is left out: it guesses.
 
     >>> clean_text("  A  bulldog&#39;s “Hat” ")
     'a bulldog\\'s "hat"'
     """
-    if (
-        "<" not in text
-    ):  # ftfy's rule: text with tags is taken for HTML and loses its entities after the repair
-        text = html.unescape(text)
+    # ftfy takes text with tags for HTML, whose entities stay until the repair is done.
+    text = text if "<" in text else html.unescape(text)
     text = _COMPATIBILITY.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text).translate(_QUOTES)
     # Half a surrogate pair (a command line that is not UTF-8 gives such) cannot be encoded at all.
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -115,25 +118,41 @@ def _read_pipeline(folder: Path) -> Any:
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
         if whole.is_file():
-            return tokenizers.Tokenizer.from_file(str(whole))
-        if vocabulary.is_file() and merges.is_file():
-            pairs = tokenizers.models.BPE.from_file(
-                str(vocabulary), str(merges), end_of_word_suffix="</w>", continuing_subword_prefix=""
-            )
+            pipeline = tokenizers.Tokenizer.from_file(str(whole))
+        elif vocabulary.is_file() and merges.is_file():
+            pipeline = _byte_pairs(vocabulary, merges)
+        else:
+            raise InputError(f"{folder} holds no tokenizer.json, and not both vocab.json and merges.txt")
+    except InputError:
+        raise
     except Exception as error:  # the library raises bare Exception for malformed files
         raise InputError(f"the tokenizer files in {folder} cannot be read: {error}") from error
-    else:
-        if not merges.is_file() or not vocabulary.is_file():
-            raise InputError(f"{folder} holds no tokenizer.json, and not both vocab.json and merges.txt")
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_SPLIT), "removed", invert=True)
-    bytes_to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    pipeline = tokenizers.Tokenizer(pairs)
-    pipeline.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_to_letters])
+    # Cutting and padding are the encoder's, which puts the end token between the two.
+    pipeline.no_padding()
+    pipeline.no_truncation()
+    return pipeline
+
+
+def _byte_pairs(vocabulary: Path, merges: Path) -> Any:
+    """CLIP's pipeline for cleaned text: split into words, digits and signs; bytes as letters; merge."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    pipeline = Tokenizer(
+        models.BPE.from_file(
+            str(vocabulary), str(merges), end_of_word_suffix="</w>", continuing_subword_prefix=""
+        )
+    )
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_SPLIT), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     return pipeline
 
 
 def _named_tokens(path: Path) -> dict[str, str]:
-    """The control tokens that a ``tokenizer_config.json`` names, as plain strings; none when there is no file."""
+    """The control tokens that a ``tokenizer_config.json`` names, as plain strings; none without a file."""
     if not path.is_file():
         return {}
     try:

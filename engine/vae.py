@@ -1,4 +1,4 @@
-"""Pictures to latents and back: diffusers' ``AutoencoderKL`` behind the four operations that the engine needs."""
+"""Pictures to latents and back: diffusers' ``AutoencoderKL`` behind the operations that the engine needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LatentCodec(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentCodec:
-        """A codec with fresh weights. ``config``: arguments of ``AutoencoderKL``, or a folder's ``config.json``."""
+        """A codec with fresh weights; ``config``: arguments of ``AutoencoderKL``, or a ``config.json``."""
         from diffusers import AutoencoderKL
 
         vae = AutoencoderKL.from_config(dict(config))
@@ -40,8 +40,8 @@ class LatentCodec(nn.Module):
     def preprocess(rgb: np.ndarray, px: int) -> Tensor:
         """A picture, uint8 [H, W, 3], as the VAE sees it: float32 [3, px, px] in [-1, 1].
 
-        As the released code: squashed to a square whatever its shape, by Pillow's bilinear filter (antialiased,
-        8-bit arithmetic). Raises :class:`~.errors.InputError` for another dtype or shape.
+        As the released code: squashed to a square whatever its shape, by Pillow's bilinear filter
+        (antialiased, 8-bit arithmetic). Raises :class:`~.errors.InputError` for another dtype or shape.
         """
         picture = rgb_picture(rgb).resize((px, px), Image.Resampling.BILINEAR)
         return unit_tensor(picture).sub(0.5).div(0.5)
@@ -49,13 +49,18 @@ class LatentCodec(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, unscaled, each [N, 4, H/8, W/8].
 
-        The log variance is clamped to [-30, 20] as in latent diffusion. Raises :class:`~.errors.InputError` when the
-        pictures have another shape than [N, 3, H, W] with sides that are multiples of ``downscale``.
+        The log variance is clamped to [-30, 20] as in latent diffusion. Raises :class:`~.errors.InputError`
+        when the pictures have another shape than [N, 3, H, W] with sides that are multiples of ``downscale``.
         """
-        if images.ndim != 4 or images.shape[2] % self.downscale or images.shape[3] % self.downscale:
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[2] % self.downscale
+            or images.shape[3] % self.downscale
+        ):
             raise InputError(
-                f"the VAE got pictures of shape {list(images.shape)}; it takes [N, 3, H, W] with sides that are "
-                f"multiples of {self.downscale}"
+                f"the VAE got pictures of shape {list(images.shape)}; it takes [N, 3, H, W] with sides that "
+                f"are multiples of {self.downscale}"
             )
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return posterior.mean, posterior.std

@@ -1,8 +1,8 @@
 """The official VAE's tensors under diffusers' names, and the configuration that their shapes imply.
 
-The released checkpoints keep the VAE under latent-diffusion's names (``encoder.down.0.block.1.conv1.weight``);
-diffusers' ``AutoencoderKL`` has the same tensors under others, counts the decoder's levels from the other end and
-holds the middle attention's 1x1 convolutions as linear maps.
+The released checkpoints keep the VAE under latent-diffusion's names. diffusers' ``AutoencoderKL`` has the
+same tensors under others, counts the decoder's levels from the other end and holds the middle attention's 1x1
+convolutions as linear maps.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _ATTENTION_MAP = re.compile(r"\.mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.wei
 def vae_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Latent-diffusion's VAE tensors (names without ``vae_model.``) under the names of ``AutoencoderKL``.
 
-    Pure: neither the mapping nor the tensors in it are changed; attention weights come back as 2-D views. A name
-    that is not the VAE's is handed on as it is, for the strict load to report.
+    Pure: neither the mapping nor the tensors in it are changed; attention weights come back as 2-D views. A
+    name that is not the VAE's is handed on as it is, for the strict load to report.
     """
     levels = _count(r"^decoder\.up\.(\d+)\.", state)
     renamed: dict[str, Tensor] = {}
@@ -59,8 +59,9 @@ def vae_config(
 ) -> dict[str, Any]:
     """Arguments of ``diffusers.AutoencoderKL`` for tensors under its names.
 
-    The groups of the normalisations and the scaling factor are the two things that no shape tells; the defaults
-    are the released ones. Raises :class:`~.errors.InputError` when a tensor that fixes a size is missing.
+    The groups of the normalisations and the scaling factor are the two things that no shape tells; the
+    defaults are the released ones. Raises :class:`~.errors.InputError` when a tensor that fixes a size is
+    missing.
     """
     levels = _count(r"^encoder\.down_blocks\.(\d+)\.", state)
     if not levels:

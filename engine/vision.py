@@ -1,4 +1,4 @@
-"""CLIP's image tower: hidden states for the local and pixel controllers, the pooled feature for the global one."""
+"""CLIP's image tower: hidden states for local control, the pooled feature for global control."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .vae import rgb_picture, unit_tensor
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionEncoder(nn.Module):
-    """transformers' CLIP image tower; ``image_px`` is the side of the pictures it takes (224 when released)."""
+    """transformers' CLIP image tower; ``image_px`` is the side of its square input (224 when released)."""
 
     def __init__(self, model: CLIPVisionModel | CLIPVisionModelWithProjection) -> None:
         super().__init__()
@@ -37,9 +37,9 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, projection: bool) -> VisionEncoder:
-        """An encoder with fresh weights. ``config``: arguments of ``CLIPVisionConfig`` or a folder's ``config.json``.
+        """An encoder with fresh weights; ``config``: arguments of ``CLIPVisionConfig``, or a ``config.json``.
 
-        ``projection``: with the map that :meth:`pooled` needs (``visual_projection.weight`` is in the checkpoint).
+        ``projection``: with the map that :meth:`pooled` needs (``visual_projection.weight``).
         """
         from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
@@ -59,8 +59,8 @@ class VisionEncoder(nn.Module):
         """A picture, uint8 [H, W, 3], as CLIP sees it: float32 [3, px, px], normalised.
 
         As the released code: the short side to ``image_px`` by Pillow's bicubic filter (antialiased, 8-bit
-        arithmetic), the centre cut out, CLIP's mean and deviation. Raises :class:`~.errors.InputError` for another
-        dtype or shape.
+        arithmetic), the centre cut out, CLIP's mean and deviation. Raises :class:`~.errors.InputError` for
+        another dtype or shape.
         """
         px = self.image_px
         picture = rgb_picture(rgb)
@@ -71,13 +71,13 @@ class VisionEncoder(nn.Module):
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - px) / 2), round((height - px) / 2)
         unit = unit_tensor(picture.crop((left, top, left + px, top + px)))
-        return unit.sub(torch.tensor(_MEAN)[:, None, None]).div(torch.tensor(_STD)[:, None, None])
+        return unit.sub(torch.tensor(MEAN)[:, None, None]).div(torch.tensor(STD)[:, None, None])
 
     def hidden(self, pixels: Tensor) -> Tensor:
         """Tokens [N, T, D] that enter the last block, of pixels [N, 3, px, px]; T = (px / patch)^2 + 1.
 
-        Paper section 3.2, "local": the penultimate hidden states of all tokens, neither normalised nor projected. The
-        last block, whose output nobody reads, is not run.
+        Paper section 3.2, "local": the penultimate hidden states of all tokens, neither normalised nor
+        projected. The last block, whose output nobody reads, is not run.
         """
         tower = self._tower
         tokens = tower.pre_layrnorm(tower.embeddings(pixels.to(self.dtype)))
@@ -88,13 +88,13 @@ class VisionEncoder(nn.Module):
         return tokens
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """CLIP's image embedding [N, D], L2-normalised, of pixels [N, 3, px, px] (paper section 3.2, "global").
+        """CLIP's image embedding [N, D] of pixels [N, 3, px, px], L2-normalised (section 3.2, "global").
 
         Raises :class:`~.errors.InputError` when the checkpoint has no projection.
         """
         if not hasattr(self.model, "visual_projection"):
             raise InputError(
-                "the image encoder has no visual projection, which the global controller needs; use a checkpoint whose "
-                "CLIP has visual.proj (official) or visual_projection.weight (diffusers)"
+                "the image encoder has no visual projection, which the global controller needs; use a "
+                "checkpoint whose CLIP has visual.proj (official) or visual_projection.weight (diffusers)"
             )
         return functional.normalize(self.model(pixels.to(self.dtype)).image_embeds, dim=-1)
