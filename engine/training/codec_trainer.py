@@ -1,0 +1,101 @@
+"""Trains the embedded model's VAE on rendered pictures: reconstruction in colour and in edges, a whisper of KL."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..vae import LatentCodec
+from .dataset import GroupSampler, signed
+
+KL_WEIGHT = 2e-6
+LEARNING_RATE = 1e-3
+EDGE_WEIGHT = 0.5
+POOL = 16_384
+REFRESH_EVERY = 10
+
+
+class Averages:
+    """Exponential moving averages of a module's parameters, kept in a copy of it."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (step + 1) / (step + 10))
+        mine, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+
+def codec_loss(codec: LatentCodec, pictures: Tensor) -> Tensor:
+    """L1 + L1 of first differences + KL of a batch of pictures [N, 3, H, W] in [-1, 1]."""
+    posterior = codec.vae.encode(pictures).latent_dist
+    mean, logvar = posterior.mean, posterior.logvar
+    decoded = codec.vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).sample.float()
+    error = decoded - pictures
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).sum((1, 2, 3)).mean()
+    return error.abs().mean() + EDGE_WEIGHT * edges + error.square().mean() + KL_WEIGHT * kl
+
+
+def blurred(pictures: Tensor) -> Tensor:
+    """A third of the batch as the fusion's early stages show it: rendered small and magnified."""
+    count = len(pictures) // 3
+    small = functional.avg_pool2d(pictures[:count], 4 if torch.rand(()) < 0.5 else 2)
+    large = functional.interpolate(small, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.cat((large, pictures[count:]))
+
+
+def train_codec(
+    codec: LatentCodec, groups: GroupSampler, seconds: float, batch: int, report: Callable[[str, float], None]
+) -> LatentCodec:
+    """Trains ``codec`` for ``seconds``; returns its moving average with ``scaling_factor`` set to 1 / std of latents."""
+    device = groups.device
+    cuda = device.type == "cuda"
+    if cuda:
+        codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    averages = Averages(codec, 0.999)
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda)
+    start, step = time.monotonic(), 0
+    pool = torch.cat([_pictures(groups) for _ in range(8)])
+    while (used := (time.monotonic() - start) / seconds) < 1:
+        if step % REFRESH_EVERY == 0:
+            pool = torch.cat((pool, _pictures(groups)))[-POOL:]
+        rows = torch.randint(len(pool), (batch,), device=device)
+        pictures = blurred(signed(pool[rows]))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 200) * max(0.02, 1 - used)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            loss = codec_loss(codec, pictures)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+        optimizer.step()
+        averages.update(codec, step)
+        if step % 200 == 0:
+            report(f"codec step {step} loss {loss.item():.4f}", used)
+        step += 1
+    trained = averages.module
+    assert isinstance(trained, LatentCodec)
+    _set_scale(trained, signed(_pictures(groups)))
+    return trained
+
+
+def _pictures(groups: GroupSampler) -> Tensor:
+    drawn = groups.sample()
+    return torch.cat((drawn.views.flatten(0, 1), drawn.prompt))
+
+
+@torch.no_grad()
+def _set_scale(codec: LatentCodec, pictures: Tensor) -> None:
+    mean, std = codec.moments(pictures)
+    scale = 1 / (mean + std * torch.randn_like(mean)).float().std().item()
+    codec.scaling_factor = scale
+    codec.vae.register_to_config(scaling_factor=scale)

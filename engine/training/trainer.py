@@ -1,0 +1,165 @@
+"""``imagedream-rt train``: the embedded model from nothing, bounded by a time budget, resumable."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import prefixed, read_tensors, without_prefix, write_tensors
+from ..errors import InputError
+from ..model import ModelCard, MultiViewModel
+from ..schedule import alphas_cumprod
+from ..vae import LatentCodec
+from ..weights import save_model_folder
+from . import nano
+from .codec_trainer import Averages, train_codec
+from .dataset import GroupSampler
+from .denoiser_trainer import EMA, Denoiser, LatentPool, denoising_loss, learning_rate
+from .objects import TEST_SEEDS
+
+KIND = "training"
+CODEC_SHARE = 0.15
+"""Of the time budget, for the codec."""
+REFRESH_EVERY = 8
+"""Steps from one chunk of fresh groups to the next."""
+
+Report = Callable[[str, float], None]
+"""``report(line, share of the time budget used)``."""
+
+
+class Trainer:
+    """Codec first, then the denoiser; ``folder`` holds ``training.safetensors`` and the model so far in ``nano/``."""
+
+    def __init__(self, folder: Path, *, minutes: float, device: torch.device, batch: int, seed: int = 0) -> None:
+        if not minutes > 0:
+            raise InputError(f"--minutes is {minutes}; it must be positive")
+        if batch < 1:
+            raise InputError(f"--batch is {batch}; it must be at least 1")
+        self.folder, self.seconds, self.device, self.batch = folder, minutes * 60, device, batch
+        self.generator = torch.Generator(device).manual_seed(seed)
+        chunk = 64 if device.type == "cuda" else 4
+        self.groups = GroupSampler(nano.PICTURE_PX, device, self.generator, max_seed=TEST_SEEDS, chunk=chunk)
+        torch.manual_seed(seed)
+        self.tokenizer = tempfile.TemporaryDirectory()
+        nano.write_tokenizer(Path(self.tokenizer.name))
+        self.codec: LatentCodec | None = None
+        self.model = Denoiser(nano.new_unet(), nano.new_text(Path(self.tokenizer.name)), nano.new_vision()).to(device)
+        self.averages = Averages(self.model, EMA)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        )
+        self.step, self.used_seconds = 0, 0.0
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "training.safetensors"
+
+    def run(self, report: Report, save_every_s: float = 120.0) -> Path:
+        """Trains until the budget is spent; returns the model's folder. An interrupt saves first."""
+        start = time.monotonic() - self.used_seconds
+        if self.codec is None:
+            share = CODEC_SHARE * self.seconds
+            self.codec = train_codec(
+                nano.new_codec().to(self.device), self.groups, share, self.batch, lambda s, u: report(s, u * CODEC_SHARE)
+            )
+            self.used_seconds = time.monotonic() - start
+            self.save()
+        try:
+            self._train_denoiser(start, report, save_every_s)
+        finally:
+            self.used_seconds = min(time.monotonic() - start, self.seconds)
+            self.save()
+        return self.folder / "nano"
+
+    def _train_denoiser(self, start: float, report: Report, save_every_s: float) -> None:
+        assert self.codec is not None
+        cuda = self.device.type == "cuda"
+        self.model.train()
+        if cuda:
+            torch.backends.cuda.matmul.allow_tf32 = True
+            self.model.unet.forward = torch.compile(self.model.unet.forward)  # type: ignore[method-assign]
+        pool = LatentPool(self.groups, self.codec, self.model.text, 24_576 if cuda else 16)
+        saved, losses = time.monotonic(), torch.zeros((), device=self.device)
+        parameters = list(self.model.parameters())
+        while (used := (time.monotonic() - start) / self.seconds) < 1:
+            if self.step % REFRESH_EVERY == 0:
+                pool.refresh()
+            batch = pool.draw(self.batch, self.generator)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, used)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
+                loss = denoising_loss(self.model, batch, self.generator, pool.empty)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            self.optimizer.step()
+            self.averages.update(self.model, self.step)
+            losses += loss.detach()
+            self.step += 1
+            if self.step % 100 == 0:
+                report(f"step {self.step} loss {losses.item() / 100:.4f}", used)
+                losses.zero_()
+            if time.monotonic() - saved > save_every_s:
+                self.used_seconds = time.monotonic() - start
+                self.save()
+                saved = time.monotonic()
+
+    def save(self) -> None:
+        """The whole state, and the averaged weights as a model folder."""
+        assert self.codec is not None
+        names = {p: name for name, p in self.model.named_parameters()}
+        moments = {
+            f"{names[p]}/{key}": value for p, state in self.optimizer.state.items() for key, value in state.items()
+        }
+        tensors: dict[str, Tensor] = {
+            **prefixed("codec", self.codec.state_dict()),
+            **prefixed("model", self.model.state_dict()),
+            **prefixed("ema", self.averages.module.state_dict()),
+            **prefixed("adam", moments),
+            "generator": self.generator.get_state(),
+        }
+        header: dict[str, Any] = {
+            "kind": KIND,
+            "step": self.step,
+            "used_seconds": self.used_seconds,
+            "scaling_factor": self.codec.scaling_factor,
+        }
+        write_tensors(self.checkpoint, tensors, header)
+        save_model_folder(self._as_model(), self.folder / "nano")
+
+    def resume(self) -> None:
+        """Continues from the folder's checkpoint. Raises :class:`InputError` if there is none."""
+        from ..checkpoint import load_optimizer_state
+
+        tensors, header = read_tensors(self.checkpoint, [KIND])
+        self.codec = nano.new_codec().to(self.device).eval().requires_grad_(False)
+        self.codec.load_state_dict(without_prefix("codec", tensors))
+        self.codec.scaling_factor = header["scaling_factor"]
+        self.codec.vae.register_to_config(scaling_factor=header["scaling_factor"])
+        self.model.load_state_dict(without_prefix("model", tensors))
+        self.averages.module.load_state_dict(without_prefix("ema", tensors))
+        names = {p: name for name, p in self.model.named_parameters()}
+        load_optimizer_state(self.optimizer, names, without_prefix("adam", tensors))
+        self.generator.set_state(tensors["generator"])
+        self.step, self.used_seconds = header["step"], header["used_seconds"]
+
+    def _as_model(self) -> MultiViewModel:
+        assert self.codec is not None
+        averaged = self.averages.module
+        assert isinstance(averaged, Denoiser)
+        card = ModelCard(
+            name="nano",
+            family="nano",
+            layout="diffusers",
+            controller="pixel",
+            controller_reason="trained with a fifth, clean frame",
+            picture_px=nano.PICTURE_PX,
+            sha256="",
+        )
+        return MultiViewModel(card, averaged.unet, self.codec, averaged.text, averaged.vision, alphas_cumprod())
