@@ -147,7 +147,9 @@ def sample_cameras(camera_range: CameraRange, groups: int, generator: torch.Gene
     uniform = torch.rand(6, groups, generator=generator)
     normal = torch.randn(groups, 3, generator=generator)
     # The released code flips one coin a batch, not one a group.
-    return cameras_from_draws(camera_range, CameraDraws(float(uniform[0, 0]), *uniform[1:], normal))
+    branch, elevation, azimuth, fovy, distance, light_distance = uniform
+    draws = CameraDraws(float(branch[0]), elevation, azimuth, fovy, distance, light_distance, normal)
+    return cameras_from_draws(camera_range, draws)
 
 
 def cameras_from_draws(camera_range: CameraRange, draws: CameraDraws) -> Cameras:
