@@ -157,7 +157,9 @@ def _named_tokens(path: Path) -> dict[str, str]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        tokens = {key: config[key] for key in ("bos_token", "eos_token", "pad_token") if config.get(key)}
+        tokens = {
+            key: config[key] for key in ("bos_token", "eos_token", "pad_token") if config.get(key) is not None
+        }
         return {key: token if isinstance(token, str) else token["content"] for key, token in tokens.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}") from error
