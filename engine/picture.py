@@ -294,7 +294,7 @@ def _fit(rgba: np.ndarray, fraction: float, size: int, fill: np.ndarray) -> np.n
     ``fill`` [4] surrounds it. The filter is a triangle (antialiased): it has no negative lobes, so neither
     alpha nor colour can ring at an edge.
     """
-    pixels = _premultiplied(rgba, max(1, max(rgba.shape[:2]) // (4 * size)))
+    pixels = _premultiplied(rgba, max(1, max(rgba.shape[:2]) // (2 * size)))
     side = max(pixels.shape[:2]) / fraction
     margins = [(side - extent) / 2 for extent in pixels.shape[:2]]
     pads = [math.ceil(margin) for margin in margins]
