@@ -1,0 +1,245 @@
+"""The two attention operators against their written-out references, hand-computed cases, and backends."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from imagedream_rt.kernels import attention, cross_attention
+from imagedream_rt.kernels.attention import (
+    check_attention_backend,
+    multi_view_attention,
+    multi_view_attention_reference,
+)
+from imagedream_rt.kernels.cross_attention import (
+    decoupled_cross_attention,
+    decoupled_cross_attention_reference,
+)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    value, truth = value.double(), truth.double()
+    return ((value - truth).norm() / truth.norm()).item()
+
+
+def assert_close(value: Tensor, truth: Tensor, eps_multiple: float) -> None:
+    """Relative L2 error against float64, in units of the rounding step of ``value``'s dtype."""
+    assert value.shape == truth.shape
+    assert relative_error(value, truth) <= eps_multiple * torch.finfo(value.dtype).eps
+
+
+def test_assert_close_sees_an_error_of_two_rounding_steps() -> None:
+    truth = torch.ones(4, dtype=torch.float64)
+    assert_close(truth.float(), truth, 2)
+    with pytest.raises(AssertionError):
+        assert_close((truth * (1 + 4 * torch.finfo(torch.float32).eps)).float(), truth, 2)
+
+
+def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).requires_grad_()
+
+
+MULTI_VIEW_SHAPES = [
+    (1, 1, 1, 1, 1),  # one token: the output is its value
+    (2, 5, 7, 3, 8),  # odd token count, five frames, two groups
+    (1, 4, 16, 2, 64),  # the smallest level of a real model, head width 64
+    (2, 4, 1, 1, 80),  # one pixel a frame; head width not a power of two
+    (1, 5, 64, 1, 32),  # the embedded model
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MULTI_VIEW_SHAPES, ids=str)
+def test_multi_view_attention_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, f, t, h, d = shape
+    # The truth starts from the rounded input, so that only the operator's own rounding is judged.
+    qkv = leaf(randn(b, f, t, 3, h, d, seed=1).to(dtype).double(), dtype)
+    exact = leaf(qkv.detach(), torch.float64)
+    cotangent = randn(b, f, t, h * d, seed=2).to(dtype)
+
+    out, truth = multi_view_attention(qkv), multi_view_attention_reference(exact)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert_close(out, truth, 4)
+
+    out.backward(cotangent)
+    truth.backward(cotangent.double())
+    assert qkv.grad is not None
+    assert exact.grad is not None
+    assert_close(qkv.grad, exact.grad, 8)
+
+
+def test_multi_view_attention_mixes_the_frames_of_a_group_and_no_others() -> None:
+    qkv = randn(2, 3, 4, 3, 1, 8, seed=3)
+    base = multi_view_attention(qkv)
+    changed = qkv.clone()
+    changed[0, 2, 3] += 1.0
+    difference = (multi_view_attention(changed) - base).abs().amax(dim=(2, 3))
+    assert (difference[0] > 1e-6).all()
+    assert difference[1].max() == 0
+
+
+def test_multi_view_attention_by_hand() -> None:
+    # One head of width 1; query 1 sees keys 0 and ln 3 of two frames, so the weights are 1/4 and 3/4.
+    qkv = torch.zeros(1, 2, 1, 3, 1, 1, dtype=torch.float64)
+    qkv[0, :, 0, 0] = 1.0
+    qkv[0, 1, 0, 1] = torch.log(torch.tensor(3.0, dtype=torch.float64))
+    qkv[0, :, 0, 2, 0, 0] = torch.tensor([4.0, 8.0], dtype=torch.float64)
+    torch.testing.assert_close(multi_view_attention(qkv).flatten(), torch.tensor([7.0, 7.0]).double())
+
+
+def test_multi_view_attention_takes_strided_input() -> None:
+    packed = randn(1, 2, 3, 2, 3, 8, seed=4)  # heads before q, k, v
+    strided = packed.transpose(3, 4)
+    torch.testing.assert_close(multi_view_attention(strided), multi_view_attention(strided.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 3, 8), (1, 2, 3, 2, 1, 8)], ids=str)
+def test_multi_view_attention_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[B, F, T, 3, H, D\]"):
+        multi_view_attention(torch.zeros(shape))
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'flash'.*torch, xformers"):
+        check_attention_backend("flash")
+    with pytest.raises(ValueError, match="'flash'"):
+        multi_view_attention(torch.zeros(1, 1, 1, 3, 1, 1), "flash")  # type: ignore[arg-type]
+
+
+def test_missing_xformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(ImportError, match=r"imagedream-rt\[xformers\]"):
+        check_attention_backend("xformers")
+    with pytest.raises(ImportError, match=r"imagedream-rt\[xformers\]"):
+        multi_view_attention(torch.zeros(1, 1, 1, 3, 1, 1), "xformers")
+
+
+def test_xformers_backend_passes_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with xformers' documented contract: [B, L, H, D] in and out, scale 1/sqrt(D)."""
+    calls: list[torch.Size] = []
+
+    def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        calls.append(query.shape)
+        scores = torch.einsum("blhd,bmhd->bhlm", query, key) * query.shape[-1] ** -0.5
+        return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), value)
+
+    ops = ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    check_attention_backend("xformers")
+    qkv = randn(2, 4, 9, 3, 2, 8, seed=5)
+    torch.testing.assert_close(multi_view_attention(qkv, "xformers"), multi_view_attention_reference(qkv))
+    assert calls == [torch.Size((2, 36, 2, 8))]
+
+
+@pytest.mark.gpu
+def test_xformers_itself_equals_reference() -> None:
+    pytest.importorskip("xformers")
+    qkv = randn(2, 5, 64, 3, 5, 64, seed=6, dtype=torch.float16).cuda()
+    truth = multi_view_attention_reference(qkv.double())
+    assert_close(multi_view_attention(qkv, "xformers"), truth, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_on_the_gpu_equals_reference(dtype: torch.dtype) -> None:
+    qkv = randn(2, 5, 64, 3, 5, 64, seed=6, dtype=dtype).cuda()
+    assert_close(multi_view_attention(qkv), multi_view_attention_reference(qkv.double()), 4)
+    q, k, v = (randn(n, t, 5, 64, seed=n + t, dtype=dtype).cuda() for n, t in ((10, 64), (2, 77), (2, 77)))
+    truth = decoupled_cross_attention_reference(
+        q.double(), k.double(), v.double(), k[:, :16].double(), v[:, :16].double()
+    )
+    assert_close(decoupled_cross_attention(q, k, v, k[:, :16], v[:, :16]), truth, 4)
+
+
+CROSS_SHAPES = [
+    # N, T, H, D, text rows, Lt, image rows, Li
+    (1, 1, 1, 2, 1, 2, 1, 2),  # the least that has a softmax
+    (10, 7, 3, 8, 2, 77, 2, 16),  # two groups of five, odd token count
+    (8, 4, 2, 32, 8, 77, 2, 257),  # a text for each view, one picture a group; unresampled picture
+    (4, 9, 1, 80, 1, 5, 4, 4),  # one text, a picture for each view; odd head width
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CROSS_SHAPES, ids=str)
+def test_decoupled_cross_attention_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, t, h, d, text_rows, text, image_rows, image = shape
+    sizes = [(n, t, h, d), *[(text_rows, text, h, d)] * 2, *[(image_rows, image, h, d)] * 2]
+    inputs = [leaf(randn(*size, seed=seed).to(dtype).double(), dtype) for seed, size in enumerate(sizes)]
+    exact = [leaf(x.detach(), torch.float64) for x in inputs]
+    cotangent = randn(n, t, h * d, seed=9).to(dtype)
+
+    q, k_text, v_text, k_image, v_image = inputs
+    out = decoupled_cross_attention(q, k_text, v_text, k_image, v_image, image_scale=0.7)
+    q, k_text, v_text, k_image, v_image = exact
+    truth = decoupled_cross_attention_reference(q, k_text, v_text, k_image, v_image, image_scale=0.7)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert_close(out, truth, 4)
+
+    out.backward(cotangent)
+    truth.backward(cotangent.double())
+    for x, y in zip(inputs, exact, strict=True):
+        assert x.grad is not None
+        assert y.grad is not None
+        assert_close(x.grad, y.grad, 8)
+
+
+def test_key_rows_serve_consecutive_frames() -> None:
+    q = randn(6, 4, 2, 8, seed=1)
+    k, v = randn(2, 5, 2, 8, seed=2), randn(2, 5, 2, 8, seed=3)
+    out = decoupled_cross_attention(q, k, v)
+    for frame in range(6):
+        row = slice(frame // 3, frame // 3 + 1)
+        alone = decoupled_cross_attention(q[frame : frame + 1], k[row], v[row])
+        torch.testing.assert_close(out[frame : frame + 1], alone)
+
+
+def test_decoupled_cross_attention_by_hand() -> None:
+    # Text weights 1/4 and 3/4 as above; the image has one token, whose weight is 1.
+    q = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    k_text = torch.tensor([1.0, 3.0], dtype=torch.float64).log().view(1, 2, 1, 1)
+    v_text = torch.tensor([4.0, 8.0], dtype=torch.float64).view(1, 2, 1, 1)
+    out = decoupled_cross_attention(q, k_text, v_text, q, 10 * q, image_scale=0.5)
+    torch.testing.assert_close(out.flatten(), torch.tensor([7.0 + 5.0]).double())
+
+
+def test_image_scale_zero_is_text_alone() -> None:
+    q, k, v = randn(4, 3, 1, 8, seed=1), randn(2, 5, 1, 8, seed=2), randn(2, 5, 1, 8, seed=3)
+    text = decoupled_cross_attention(q, k, v)
+    torch.testing.assert_close(decoupled_cross_attention(q, k, v, k, v, image_scale=0.0), text)
+    torch.testing.assert_close(decoupled_cross_attention(q, k, v, k, v), 2 * text)
+
+
+def test_cross_attention_refuses_what_does_not_fit() -> None:
+    q, k = torch.zeros(4, 3, 1, 8), torch.zeros(2, 5, 1, 8)
+    with pytest.raises(ValueError, match="k_text"):
+        decoupled_cross_attention(q, torch.zeros(3, 5, 1, 8), torch.zeros(3, 5, 1, 8))  # 3 does not divide 4
+    with pytest.raises(ValueError, match="k_text"):
+        decoupled_cross_attention(q, k, k[:, :4])
+    with pytest.raises(ValueError, match="k_image"):
+        decoupled_cross_attention(q, k, k, k[..., :4], k[..., :4])
+    with pytest.raises(ValueError, match="together"):
+        decoupled_cross_attention(q, k, k, k)
+
+
+@pytest.mark.parametrize("module", [attention, cross_attention], ids=lambda module: module.__name__)
+def test_docstring_examples(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
