@@ -17,6 +17,8 @@ from imagedream_rt.engine.errors import InputError, MissingDependency
 from imagedream_rt.engine.unet import MultiViewUNet, UNetConfig, infer_unet_config, timestep_embedding
 
 FIXTURES = Path(__file__).parent / "fixtures"
+# Relative L2. Summation order moves it to about 1e-6; a GroupNorm epsilon of 1e-5 for 1e-6 moves it to 7e-6.
+PARITY = 3e-6
 MICRO = UNetConfig(
     model_channels=32,
     channel_mult=(1, 2),
@@ -95,18 +97,18 @@ def random_inputs(config: UNetConfig, groups: int = 2, frames: int = 4, px: int 
 
 def test_parity_with_the_released_pixel_model(pixel: Recorded) -> None:
     assert pixel.unet.config == MICRO
-    assert relative_error(pixel.unet(**pixel.inputs), pixel.output) <= 1e-5
+    assert relative_error(pixel.unet(**pixel.inputs), pixel.output) <= PARITY
 
 
 def test_parity_with_the_released_text_model(text: Recorded) -> None:
     assert text.unet.config.image_adaptor == "none"
-    assert relative_error(text.unet(**text.inputs), text.output) <= 1e-5
+    assert relative_error(text.unet(**text.inputs), text.output) <= PARITY
 
 
 def test_parity_with_tokens_made_beforehand(pixel: Recorded) -> None:
     inputs = dict(pixel.inputs)
     tokens = pixel.unet.embed_image(inputs.pop("image_hidden"))
-    assert relative_error(pixel.unet(**inputs, image_tokens=tokens), pixel.output) <= 1e-5
+    assert relative_error(pixel.unet(**inputs, image_tokens=tokens), pixel.output) <= PARITY
 
 
 def test_full_size_names_and_shapes_are_the_released_ones() -> None:
@@ -214,7 +216,7 @@ def test_prompt_rows_for_each_frame(pixel: Recorded) -> None:
         **{**inputs, "context": inputs["context"][:, None].expand(-1, 5, -1, -1)},
         image_tokens=tokens[:, None].expand(-1, 5, -1, -1),
     )
-    assert relative_error(repeated, pixel.output) <= 1e-5
+    assert relative_error(repeated, pixel.output) <= PARITY
     own = inputs["context"][:, None].repeat(1, 5, 1, 1)
     own[0, 3] = own[1, 0]
     assert relative_error(pixel.unet(**{**inputs, "context": own}, image_tokens=tokens), pixel.output) > 1e-4
@@ -398,7 +400,7 @@ def test_half_precision_stays_near_float32(pixel: Recorded, dtype: torch.dtype) 
 
 def test_compiles_to_one_graph(pixel: Recorded) -> None:
     compiled = torch.compile(pixel.unet, backend="eager", fullgraph=True)
-    assert relative_error(compiled(**pixel.inputs), pixel.output) <= 1e-5
+    assert relative_error(compiled(**pixel.inputs), pixel.output) <= PARITY
 
 
 @pytest.mark.parametrize("adaptor", ["micro", "linear", "global", "text"])
