@@ -21,7 +21,7 @@ from imagedream_rt.kernels.cross_attention import (
     decoupled_cross_attention_reference,
 )
 
-# Allowed relative L2 error in rounding steps of the dtype. Half precision accumulates in float32, so that only the
+# Allowed relative L2 error in rounding steps of the dtype. Half precision accumulates in float32, so only the
 # output's rounding counts; float64 is judged by a reference that rounds as much as the operator itself.
 ROUNDING_STEPS = {torch.float64: 16, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
 DTYPES = list(ROUNDING_STEPS)
