@@ -84,8 +84,8 @@ def render_weights(sigma: Tensor, samples: Samples) -> Tensor:
 
 def accumulate(weights: Tensor, values: Tensor, samples: Samples) -> Tensor:
     """Sum of weights [N] times values [N, C] along each ray -> [R, C]; differentiable in both."""
-    total = values.new_zeros(samples.packed_info.shape[0], values.shape[1])
-    return total.index_add(0, samples.ray_indices, weights[:, None] * values)
+    total = values.new_zeros(values.shape[1], samples.packed_info.shape[0])
+    return total.index_add(1, samples.ray_indices, weights * values.t()).t()
 
 
 def composite(sigma: Tensor, values: Tensor, samples: Samples) -> Composite:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .perceptron import blocks
+
 PRIMES = (1, 2654435761, 805459861)
 """Multipliers of the spatial hash (Mueller et al. 2022, equation 4)."""
 
@@ -64,23 +66,30 @@ def grid_levels(levels: int, log2_table: int, base_resolution: int, growth: floa
 
 
 def _corners(x: Tensor, level: GridLevel) -> tuple[Tensor, Tensor]:
-    """Entries of the eight corners and position between them: x [3, N] -> index [8 N] (z, y, x slowest to
-    fastest), [3, N]."""
+    """Entries of the eight corners of points x [3, N], and the points' place between them.
+
+    -> index [8 N], z slowest, then y, x, sample; fraction [3, N]. Indices of a dense level run beyond its
+    entries, by less than :func:`_overhang`: a vertex behind the last one is the next row's first, as in
+    tiny-cuda-nn.
+    """
     position = x * level.scale + 0.5
     cell = position.floor()
     fraction = position - cell
-    low = cell.long()
-    # [3, 2, N]: each axis' contribution to the index at its lower and its upper corner.
+    low = cell.clamp_(0, level.resolution - 1).long()
     vertex = torch.stack((low, low + 1), dim=1)
     if level.hashed:
-        part = [vertex[axis] * PRIMES[axis] & (level.entries - 1) for axis in range(3)]
-        index = part[2][:, None, None] ^ part[1][None, :, None] ^ part[0][None, None, :]
+        px, py, pz = (vertex[axis] * PRIMES[axis] & (level.entries - 1) for axis in range(3))
+        index = pz[:, None, None] ^ (py[:, None] ^ px)
     else:
-        part = [vertex[axis] * level.resolution**axis for axis in range(3)]
-        index = part[2][:, None, None] + part[1][None, :, None] + part[0][None, None, :]
-        # Upper corners beyond the last vertex wrap round, as in tiny-cuda-nn.
-        index = index.remainder_(level.entries)
+        px, py, pz = (vertex[axis] * level.resolution**axis for axis in range(3))
+        index = pz[:, None, None] + (py[:, None] + px)
     return index.view(-1), fraction
+
+
+def _overhang(level: GridLevel) -> int:
+    """How many entries of a dense level are repeated behind it, so that overhanging indices need no
+    division."""
+    return 0 if level.hashed else min(level.entries, 1 + level.resolution + level.resolution**2)
 
 
 class _HashEncode(torch.autograd.Function):
@@ -93,21 +102,23 @@ class _HashEncode(torch.autograd.Function):
         value = table.new_empty(len(levels), features, n)
         slope = table.new_empty(len(levels), features, 3, n) if jacobian else None
         for number, level in enumerate(levels):
-            index, (fx, fy, fz) = _corners(x, level)
             entries = columns[:, level.offset : level.offset + level.entries]
-            corner = entries.index_select(1, index).view(features, 2, 2, 2, n)
-            a0, a1 = corner[..., 0, :], corner[..., 1, :]
-            a = torch.lerp(a0, a1, fx)
-            b = torch.lerp(a[..., 0, :], a[..., 1, :], fy)
-            torch.lerp(b[:, 0], b[:, 1], fz, out=value[number])
-            if slope is not None:
-                dx = a1 - a0
-                dx = torch.lerp(dx[..., 0, :], dx[..., 1, :], fy)
-                dy = a[..., 1, :] - a[..., 0, :]
-                slope[number, :, 0] = torch.lerp(dx[:, 0], dx[:, 1], fz)
-                slope[number, :, 1] = torch.lerp(dy[:, 0], dy[:, 1], fz)
-                slope[number, :, 2] = b[:, 1] - b[:, 0]
-                slope[number] *= level.scale
+            entries = torch.cat((entries, entries[:, : _overhang(level)]), dim=1)
+            for block in blocks(n, x.device):
+                index, (fx, fy, fz) = _corners(x[:, block], level)
+                corner = entries.index_select(1, index).view(features, 2, 2, 2, -1)
+                a0, a1 = corner[..., 0, :], corner[..., 1, :]
+                a = torch.lerp(a0, a1, fx)
+                b = torch.lerp(a[..., 0, :], a[..., 1, :], fy)
+                value[number, :, block] = torch.lerp(b[:, 0], b[:, 1], fz)
+                if slope is not None:
+                    dx = torch.lerp(a1[..., 0, :] - a0[..., 0, :], a1[..., 1, :] - a0[..., 1, :], fy)
+                    dy = a[..., 1, :] - a[..., 0, :]
+                    here = slope[number, :, :, block]
+                    here[:, 0] = torch.lerp(dx[:, 0], dx[:, 1], fz)
+                    here[:, 1] = torch.lerp(dy[:, 0], dy[:, 1], fz)
+                    here[:, 2] = b[:, 1] - b[:, 0]
+                    here *= level.scale
         ctx.save_for_backward(x)
         ctx.levels, ctx.table_shape = levels, table.shape
         ctx.set_materialize_grads(False)
@@ -117,37 +128,43 @@ class _HashEncode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_value: Tensor | None, grad_slope: Tensor | None = None) -> Any:
         (x,) = ctx.saved_tensors
-        grad_value, grad_slope = grads[0], grads[1] if len(grads) > 1 else None
-        given = grad_value if grad_value is not None else grad_slope
-        if given is None:
-            return None, None, None, None
-        n, (rows, features) = x.shape[1], ctx.table_shape
-        grad = given.new_zeros(features, rows)
+        rows, features = ctx.table_shape
+        grad = x.new_zeros(features, rows)
         for number, level in enumerate(ctx.levels):
-            index, (fx, fy, fz) = _corners(x, level)
-            here = slice(number * features, (number + 1) * features)
-            g = grad_value[here] if grad_value is not None else given.new_zeros(features, n)
-            if grad_slope is None:
-                corner = _spread(_spread(_spread(g, fz), fy), fx)
-            else:
-                slope = grad_slope[here] * level.scale
-                gy, gx = _spread(slope[:, 1], fz), _spread(_spread(slope[:, 0], fz), fy)
-                corner = _spread(_spread(_spread(g, fz, slope[:, 2]), fy, gy), fx, gx)
-            entries = grad[:, level.offset : level.offset + level.entries]
-            entries.index_add_(1, index, corner.view(features, -1))
+            own = slice(number * features, (number + 1) * features)
+            overhang = _overhang(level)
+            entries = x.new_zeros(features, level.entries + overhang)
+            for block in blocks(x.shape[1], x.device):
+                index, (fx, fy, fz) = _corners(x[:, block], level)
+                g = fz.new_zeros(features, len(fz)) if grad_value is None else grad_value[own, block]
+                if grad_slope is None:
+                    corner = _spread(_spread(_spread(g, fz), fy), fx)
+                else:
+                    slope = grad_slope[own, :, block] * level.scale
+                    gy, gx = _spread(slope[:, 1], fz), _spread(_spread(slope[:, 0], fz), fy)
+                    corner = _spread(_spread(_spread(g, fz, slope[:, 2]), fy, gy), fx, gx)
+                entries.index_add_(1, index, corner.view(features, -1))
+            entries[:, :overhang] += entries[:, level.entries :]
+            grad[:, level.offset : level.offset + level.entries] = entries[:, : level.entries]
         return None, grad.t(), None, None
 
 
 def _spread(grad: Tensor, fraction: Tensor, grad_difference: Tensor | None = None) -> Tensor:
-    """Adjoint of one interpolation: gradients of lerp(a, b, fraction) and of b - a -> of (a, b), [..., N]
-    -> [..., 2, N]."""
-    upper = grad * fraction
-    lower = grad - upper
+    """Adjoint of one interpolation, [..., n] -> [..., 2, n].
+
+    ``grad`` is the gradient of lerp(a, b, fraction), ``grad_difference`` that of b - a; returned are those
+    of a, b.
+    """
+    both = grad.new_empty(*grad.shape[:-1], 2, grad.shape[-1])
+    lower, upper = both[..., 0, :], both[..., 1, :]
+    torch.mul(grad, fraction, out=upper)
+    torch.sub(grad, upper, out=lower)
     if grad_difference is not None:
-        upper, lower = upper + grad_difference, lower - grad_difference
-    return torch.stack((lower, upper), dim=-2)
+        upper += grad_difference
+        lower -= grad_difference
+    return both
 
 
 def _check(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> None:

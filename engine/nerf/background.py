@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .field import _linear
+from .field import linear_weight
 
 HIDDEN = 16
 
@@ -48,7 +48,7 @@ class Background(nn.Module):
         super().__init__()
         sizes = (9, HIDDEN, HIDDEN, 3)
         self.weights = nn.ParameterList(
-            nn.Parameter(_linear(outputs, inputs, generator)) for inputs, outputs in pairwise(sizes)
+            nn.Parameter(linear_weight(outputs, inputs, generator)) for inputs, outputs in pairwise(sizes)
         )
 
     def forward(self, directions: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.hash_grid import grid_levels, hash_encode, hash_encode_jacobian
+from ...kernels.perceptron import perceptron, perceptron_slope
 from ..config import FieldConfig, HashGridConfig
 
 Pullback = Callable[[Tensor], Tensor]
@@ -58,28 +59,22 @@ class HashGrid(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """W_out relu(W_in x), no biases; weights as ``nn.Linear`` draws them."""
+    """W_outer relu(W_inner x), no biases; weights as ``nn.Linear`` draws them."""
 
     def __init__(
         self, inputs: int, hidden: int, outputs: int, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        self.inner = nn.Parameter(_linear(hidden, inputs, generator))
-        self.outer = nn.Parameter(_linear(outputs, hidden, generator))
+        self.inner = nn.Parameter(linear_weight(hidden, inputs, generator))
+        self.outer = nn.Parameter(linear_weight(outputs, hidden, generator))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, inputs] -> [N, outputs]."""
-        return self.with_hidden(x)[0]
+        return perceptron(x, self.inner, self.outer)
 
-    def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output [N, outputs] and the hidden layer [hidden, N]; samples run along memory in both."""
-        hidden = torch.relu(self.inner @ x.t())
-        return (self.outer @ hidden).t(), hidden
-
-    def input_gradient(self, hidden: Tensor) -> Tensor:
-        """d output / d x [N, inputs] of a one-output perceptron, from the hidden layer [hidden, N];
-        differentiable."""
-        return (self.inner.t() @ ((hidden > 0) * self.outer.t())).t()
+    def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one output: y [N, 1] and dy/dx [N, inputs]."""
+        return perceptron_slope(x, self.inner, self.outer)
 
 
 class Field(nn.Module):
@@ -119,27 +114,39 @@ class Field(nn.Module):
                 sigma = self._density(points, self.density_mlp(features))
                 return FieldOutput(sigma, torch.sigmoid(self.feature_mlp(features)), None)
             features, pullback = self.grid.with_pullback(_unit(points))
-            raw, hidden = self.density_mlp.with_hidden(features)
+            raw, feature_slope = self.density_mlp.with_slope(features)
             # The unit cube is half as wide as the box: d unit / d point = 1 / 2.
-            slope = 0.5 * pullback(self.density_mlp.input_gradient(hidden)) + self._blob_slope(points)
-            # Softplus only scales the gradient, by a positive number.
-            normal = nn.functional.normalize(-slope, dim=-1)
-            return FieldOutput(self._density(points, raw), torch.sigmoid(self.feature_mlp(features)), normal)
+            slope = 0.5 * pullback(feature_slope) + self._blob_slope(points)
+            # Softplus scales the slope by a positive number, which the direction does not see.
+            return FieldOutput(
+                self._density(points, raw), torch.sigmoid(self.feature_mlp(features)), normalise(-slope)
+            )
 
     def _density(self, points: Tensor, raw: Tensor) -> Tensor:
-        blob = self.config.blob_strength * (1.0 - points.norm(dim=-1) / self.config.blob_radius)
+        blob = self.config.blob_strength * (1.0 - length(points)[:, 0] / self.config.blob_radius)
         return nn.functional.softplus(raw[:, 0] + blob)
 
     def _blob_slope(self, points: Tensor) -> Tensor:
-        return nn.functional.normalize(points, dim=-1) * (
-            -self.config.blob_strength / self.config.blob_radius
-        )
+        return normalise(points) * (-self.config.blob_strength / self.config.blob_radius)
+
+
+def length(vectors: Tensor) -> Tensor:
+    """[N, 3] -> [N, 1]. Sums columns: a reduction along rows of three runs ten times slower."""
+    x, y, z = vectors.unbind(1)
+    return (x * x + y * y + z * z).sqrt()[:, None]
+
+
+def normalise(vectors: Tensor) -> Tensor:
+    """Unit vectors [N, 3] of vectors [N, 3]; zero, with zero gradient, for the zero vector."""
+    x, y, z = vectors.unbind(1)
+    return vectors * (x * x + y * y + z * z).clamp_min(1e-24).rsqrt()[:, None]
 
 
 def _unit(points: Tensor) -> Tensor:
     return (points + 1.0) / 2.0
 
 
-def _linear(outputs: int, inputs: int, generator: torch.Generator | None) -> Tensor:
+def linear_weight(outputs: int, inputs: int, generator: torch.Generator | None) -> Tensor:
+    """[outputs, inputs], drawn as ``nn.Linear`` draws its weight."""
     bound = inputs**-0.5
     return torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator)
