@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .config import (
     WarmStart,
 )
 from .errors import InputError
+from .files import replacing
 
 HEADER = "imagedream_rt"
 FORMAT = 1
@@ -35,18 +35,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     Raises :class:`InputError` if the folder cannot be written; an older file of that name then stays as it
     was.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **header})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, temporary, metadata={HEADER: text})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}; choose a folder that can be written") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        try:
+            save_file(held, partial, metadata={HEADER: text})
+        except SafetensorError as error:
+            raise InputError(f"cannot write {path}: {error}; choose a folder that can be written") from error
 
 
 def read_tensors(path: Path, kinds: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,13 +11,12 @@ from torch import Tensor
 from .config import FusionConfig
 from .model import VIEWS, MultiViewModel
 from .sampler import denoise_guided
-from .schedule import predict_x0, q_sample
+from .schedule import TRAIN_STEPS, predict_x0, q_sample
 
 if TYPE_CHECKING:
     from .cameras import Cameras
     from .conditioning import Conditioner
 
-TIMESTEPS = 1000
 STD_FLOOR = 1e-8
 
 Colour = tuple[float, float, float]
@@ -48,7 +47,7 @@ def timestep_range(config: FusionConfig, step: int) -> tuple[int, int]:
     >>> timestep_range(OFFICIAL, 1000)
     (860, 919)
     """
-    return int(TIMESTEPS * config.min_step.at(step)), int(TIMESTEPS * config.max_step.at(step))
+    return int(TRAIN_STEPS * config.min_step.at(step)), int(TRAIN_STEPS * config.max_step.at(step))
 
 
 def matched_colour(background_rgb: Tensor, match: Literal["grey", "colour"]) -> Colour:
@@ -105,7 +104,7 @@ class MultiViewGuidance:
         self.config = config
         self.alphas_cumprod = model.alphas_cumprod.to(model.device)
         self.identity = {
-            "model": f"{model.card.name} ({model.card.controller}, sha256 {model.card.sha256})",
+            "model": f"{model.card.family} {model.card.controller} {model.card.sha256}",
             **conditioner.identity,
         }
 
@@ -116,24 +115,21 @@ class MultiViewGuidance:
         if pictures.shape[-2:] != (side, side):
             pictures = F.interpolate(pictures, size=(side, side), mode="bilinear", align_corners=False)
         noise = self._noise(len(rgb), generator)
-        return self.model.vae.encode(pictures.to(self.model.dtype) * 2 - 1, noise).float()
+        return self.model.vae.encode(pictures * 2 - 1, noise).float()
 
     @torch.no_grad()
     def target(
         self, latents: Tensor, cameras: Cameras, colour: Colour, t: int, generator: torch.Generator
     ) -> Tensor:
         """Draws the noise of the views, then that of the prompt latent, from ``generator``."""
-        if self.config.background_match == "grey":
-            conditioning = self.conditioner.at_grey(colour[0])
-        else:
-            conditioning = self.conditioner.at(colour)
+        conditioning = self.conditioner.at(colour)
         timestep = torch.tensor(t, device=latents.device)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        noise = self._noise(len(latents), generator)
         noisy = q_sample(latents.detach(), timestep, noise, self.alphas_cumprod)
         image_latent = conditioning.image_latent(self._noise(1, generator), self.model.vae)
         eps_cond, eps_uncond = denoise_guided(
             self.model,
-            noisy.to(self.model.dtype),
+            noisy,
             timestep,
             cameras.embedding().to(latents.device),
             conditioning,
@@ -152,4 +148,4 @@ class MultiViewGuidance:
     def _noise(self, count: int, generator: torch.Generator) -> Tensor:
         px = self.model.latent_px
         noise = torch.randn(count, 4, px, px, generator=generator, device=generator.device)
-        return noise.to(self.model.device, self.model.dtype)
+        return noise.to(self.model.device)

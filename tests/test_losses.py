@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from imagedream_rt.engine.config import OFFICIAL
 from imagedream_rt.engine.losses import (
     opaque_loss,
     orientation_loss,
@@ -17,11 +18,27 @@ from imagedream_rt.engine.losses import (
 FIXTURE = Path(__file__).parent / "fixtures" / "fusion_losses.safetensors"
 
 
-def test_orientation_and_sparsity_equal_the_released_code():
-    held = {name.removeprefix("loss."): tensor for name, tensor in load_file(FIXTURE).items()}
+@pytest.mark.parametrize("case", ["loss", "train"])
+def test_orientation_and_sparsity_equal_the_released_code(case):
+    """``train`` is a whole rendered step of the released system, ``loss`` a small random case."""
+    held = {name.removeprefix(f"{case}."): tensor for name, tensor in load_file(FIXTURE).items()}
     orientation = orientation_loss(held["weights"][:, 0], held["normal"], held["t_dirs"], held["opacity"])
     torch.testing.assert_close(orientation, held["orient"], rtol=1e-6, atol=0)
     torch.testing.assert_close(sparsity_loss(held["opacity"]), held["sparsity"], rtol=1e-6, atol=0)
+
+
+def test_orientation_weight_follows_the_released_schedule():
+    schedule = {
+        0: 10.0,
+        1: 10.198,
+        100: 29.8,
+        1000: 208.0,
+        2500: 505.0,
+        4999: 999.802,
+        5000: 1000.0,
+        12000: 1000.0,
+    }
+    assert {step: OFFICIAL.lambda_orient.at(step) for step in schedule} == pytest.approx(schedule, rel=1e-12)
 
 
 def test_orientation_by_hand_takes_gradient_through_normals_only():

@@ -1,0 +1,300 @@
+"""The fusion loop: from a teacher of views to a field, through optional fitted views and multi-view
+distillation."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import losses
+from .cameras import sample_cameras
+from .checkpoint import config_to_json, differences, read_tensors, write_tensors
+from .config import FusionConfig
+from .distill import Guidance, matched_colour, timestep_range
+from .errors import Cancelled, FusionError, InputError
+from .field_state import FieldState
+from .fused_field import CHECKPOINT_KIND, FusedField
+from .model import VIEWS, Cancel, Progress
+from .nerf.render import RenderOutput, render
+from .nerf.shading import ALBEDO, Shading
+from .random_streams import RandomStreams
+from .run_context import deterministic, interrupt_between_steps
+from .warm_start import ViewSource, WarmStartFit
+
+Metrics = Callable[[str, int, dict[str, float]], None]
+"""``on_metrics(phase, steps done, values)``, whenever the loop waits for the device anyway."""
+
+WARM, FUSE = "warm-start", "fuse"
+EMPTY_OPACITY = 1e-3
+EMPTY_STEPS = 8
+"""So many renders in a row without anything in them end the fusion: nothing could bring an object back."""
+STEPS_BETWEEN_SYNCS = 20
+
+
+@dataclass(frozen=True)
+class Hooks:
+    on_progress: Progress | None
+    cancel: Cancel | None
+    checkpoint_path: Path | None
+    on_metrics: Metrics | None
+
+
+class Fusion:
+    """One fusion, from its first step or from a checkpoint. All randomness comes from ``seed``.
+
+    ``views`` provides the pictures that a configuration with a warm start fits first.
+    """
+
+    def __init__(
+        self,
+        config: FusionConfig,
+        guidance: Guidance,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        views: ViewSource | None = None,
+    ) -> None:
+        if config.warm_start is not None and views is None:
+            raise InputError(f"preset {config.name} starts from fitted views; it needs a source of views")
+        self.config = config
+        self.guidance = guidance
+        self.seed = seed
+        self.device = torch.device(device)
+        self.views = views
+        self.state = FieldState(config, seed, self.device)
+        self.warm: WarmStartFit | None = None
+        self.phase = FUSE if config.warm_start is None else WARM
+        self.done = 0
+        self._health = _Health(self.device)
+        self._saved: str | None = None
+
+    def run(
+        self,
+        *,
+        on_progress: Progress | None = None,
+        cancel: Cancel | None = None,
+        checkpoint_path: Path | str | None = None,
+        on_metrics: Metrics | None = None,
+    ) -> FusedField:
+        """Run what is left and return the field.
+
+        With ``checkpoint_path`` a checkpoint is written every ``checkpoint_every`` steps, at the end, on
+        ``cancel`` and on Ctrl-C (which takes effect after the step; a second one at once, without a
+        checkpoint). Raises :class:`FusionError` for a NaN or an empty field, :class:`Cancelled` if ``cancel``
+        said so, and ``KeyboardInterrupt``.
+        """
+        path = None if checkpoint_path is None else Path(checkpoint_path)
+        hooks = Hooks(on_progress, cancel, path, on_metrics)
+        with deterministic(self.device), interrupt_between_steps() as interrupted:
+            if self.phase == WARM:
+                self._fit_views(hooks, interrupted)
+            self._loop(self.config.steps, self._distill, hooks, interrupted)
+        state = self.state
+        return FusedField(state.field, state.background, state.occupancy, self.config)
+
+    def resume(self, path: Path | str) -> None:
+        """Continue from a checkpoint. Raises :class:`InputError` if it belongs to another run, saying what
+        differs."""
+        tensors, header = read_tensors(Path(path), (CHECKPOINT_KIND,))
+        found = differences(header["run"], self._identity())
+        if found:
+            raise InputError(f"{path} cannot be resumed, it is of another run: {'; '.join(found)}")
+        self.state.load_tensors(tensors)
+        self.phase, self.done = header["phase"], header["done"]
+        if self.phase == WARM:
+            self.warm = WarmStartFit(self.state, tensors["views"].to(self.device))
+        self._saved = f"{path} (step {self.done} of {self.phase})"
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "config": config_to_json(self.config),
+            "seed": self.seed,
+            "device": self.device.type,
+            "guidance": dict(self.guidance.identity),
+        }
+
+    def _save(self, path: Path) -> None:
+        tensors = self.state.tensors()
+        if self.warm is not None:
+            tensors["views"] = self.warm.pictures
+        header = {
+            "kind": CHECKPOINT_KIND,
+            "config": config_to_json(self.config),
+            "run": self._identity(),
+            "phase": self.phase,
+            "done": self.done,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+        write_tensors(path, tensors, header)
+        self._saved = f"{path} (step {self.done} of {self.phase})"
+
+    def _fit_views(self, hooks: Hooks, interrupted: Callable[[], bool]) -> None:
+        if self.warm is None:
+            assert self.views is not None
+            self.warm = WarmStartFit.begin(self.state, self.views, hooks.on_progress, hooks.cancel)
+        self._loop(self.warm.steps, self.warm.advance, hooks, interrupted)
+        self.state.restart_optimizer()
+        self.warm = None
+        self.phase, self.done = FUSE, 0
+
+    def _loop(
+        self,
+        total: int,
+        advance: Callable[[int], tuple[RenderOutput, dict[str, Tensor]]],
+        hooks: Hooks,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        """``advance(step)`` until ``total``; everything that may stop the run happens between two steps."""
+        every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_SYNCS
+        while self.done < total:
+            stop = hooks.cancel is not None and hooks.cancel()
+            if stop or interrupted():
+                self._pause(hooks.checkpoint_path)
+                raise Cancelled(f"{self.phase} stopped at step {self.done}") if stop else KeyboardInterrupt
+            out, values = advance(self.done)
+            self._health.note(self.done, values["loss"], out.opacity)
+            self.done += 1
+            last = self.done == total
+            save = hooks.checkpoint_path is not None and (
+                last or self.done % self.config.checkpoint_every == 0
+            )
+            if save or last or self.done % every == 0:
+                self._check_health()
+                if hooks.on_metrics is not None:
+                    hooks.on_metrics(self.phase, self.done, _floats(values))
+            if save:
+                self._pause(hooks.checkpoint_path)
+            if hooks.on_progress is not None:
+                hooks.on_progress(self.phase, self.done, total)
+
+    def _pause(self, path: Path | None) -> None:
+        """Write a checkpoint, unless what it would hold is broken."""
+        if path is None:
+            return
+        self._check_health()
+        if not self.state.finite():
+            raise FusionError(
+                f"weights are not finite after step {self.done} of {self.phase}; {self._last_good()}"
+            )
+        self._save(path)
+
+    def _check_health(self) -> None:
+        fault = self._health.fault()
+        if fault is not None:
+            raise FusionError(f"{fault} of {self.phase}; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self._saved}" if self._saved else "no checkpoint was written"
+
+    def _distill(self, step: int) -> tuple[RenderOutput, dict[str, Tensor]]:
+        """One step of multi-view score distillation (paper section 3.3; released ``mvdream_system``)."""
+        config, state, streams = self.config, self.state, self.state.streams
+        stage = config.stage_at(step)
+        fitted = 0 if config.warm_start is None else config.warm_start.fit_steps
+        state.occupancy.update(fitted + step, state.field.density, streams["occupancy"])
+        cameras = sample_cameras(config.camera, stage.views // VIEWS, streams["cameras"]).to(self.device)
+        shading = draw_shading(config, step, streams)
+        colour = draw_background(config, streams)
+        out = render(
+            state.field,
+            state.background,
+            state.occupancy,
+            cameras.rays(stage.resolution),
+            light_positions=cameras.light_positions,
+            shading=shading,
+            background_colour=None if colour is None else colour.to(self.device),
+            jitter=streams["jitter"],
+            config=config.render,
+            with_normals=config.lambda_orient.at(step) != 0.0,
+        )
+        latents = self.guidance.encode(out.rgb, streams["vae"])
+        least, greatest = timestep_range(config, step)
+        t = int(torch.randint(least, greatest + 1, (), generator=streams["timesteps"]))
+        seen = matched_colour(out.background_rgb if colour is None else colour, config.background_match)
+        target = self.guidance.target(latents.detach(), cameras, seen, t, streams["noise"])
+        values = {"sds": losses.reconstruction_loss(latents, target)}
+        total = config.lambda_sds * values["sds"]
+        for name, weight in self._regularisers(step).items():
+            if weight != 0.0:
+                values[name] = _regulariser(name, out)
+                total = total + weight * values[name]
+        values["loss"] = total
+        state.minimise(total)
+        return out, values
+
+    def _regularisers(self, step: int) -> dict[str, float]:
+        config = self.config
+        return {
+            "orient": config.lambda_orient.at(step),
+            "sparsity": config.lambda_sparsity,
+            "opaque": config.lambda_opaque,
+            "z_variance": config.lambda_z_variance,
+        }
+
+
+def _regulariser(name: str, out: RenderOutput) -> Tensor:
+    if name == "orient":
+        samples = out.samples
+        assert samples.normals is not None
+        return losses.orientation_loss(samples.weights, samples.normals, samples.directions, out.opacity)
+    if name == "sparsity":
+        return losses.sparsity_loss(out.opacity)
+    if name == "opaque":
+        return losses.opaque_loss(out.opacity)
+    return losses.z_variance_loss(out.z_variance, out.opacity)
+
+
+def draw_shading(config: FusionConfig, step: int, streams: RandomStreams) -> Shading:
+    """Albedo at first; later albedo, textureless or shaded, with diffuse light d ~ U[0, 1) and ambient 1 - d.
+
+    Three draws a step whatever comes out. Source: released ``diffuse_with_point_light_material``.
+    """
+    diffuse, albedo, textureless = (streams.uniform("shading") for _ in range(3))
+    if step < config.albedo_only_until or albedo < config.albedo_probability:
+        return ALBEDO
+    return Shading(1.0 - diffuse, diffuse, textureless < config.textureless_probability)
+
+
+def draw_background(config: FusionConfig, streams: RandomStreams) -> Tensor | None:
+    """One random RGB [3] on the CPU for the whole step with probability ``random_background``, else None."""
+    chosen = streams.uniform("background") < config.random_background
+    colour = torch.rand(3, generator=streams["background"])
+    return colour if chosen else None
+
+
+def _floats(values: dict[str, Tensor]) -> dict[str, float]:
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+class _Health:
+    """Watches the loss and the opacity on the device, so that looking at them can wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bad_step = torch.tensor(-1, device=device)
+        self.empty_steps = torch.tensor(0, device=device)
+        self.last_step = 0
+
+    def note(self, step: int, loss: Tensor, opacity: Tensor) -> None:
+        sound = loss.detach().isfinite() | (self.bad_step >= 0)
+        self.bad_step = torch.where(sound, self.bad_step, step)
+        seen = opacity.detach().amax() > EMPTY_OPACITY
+        self.empty_steps = torch.where(seen, 0, self.empty_steps + 1)
+        self.last_step = step
+
+    def fault(self) -> str | None:
+        """What is wrong and at which step; waits for the device."""
+        bad, empty = torch.stack([self.bad_step, self.empty_steps]).tolist()
+        if bad >= 0:
+            return f"the loss is not a finite number at step {bad}"
+        if empty >= EMPTY_STEPS:
+            return (
+                f"the field is empty: nothing was visible in the {empty} renders up to step {self.last_step}"
+            )
+        return None

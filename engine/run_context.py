@@ -1,0 +1,61 @@
+"""Contexts that a long loop runs in: bit-reproducible arithmetic on the CPU, and interrupts between steps
+only."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms while on the CPU, so that a run can be repeated bit by bit; restored
+    afterwards.
+
+    On other devices nothing changes: their deterministic scatter-adds cost a multiple of the time.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Costs a pass over every fresh tensor, and none is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
+    """Yields a question: has Ctrl-C been pressed? The first one only sets the answer, a second one
+    interrupts.
+
+    A step torn apart by an exception could not be resumed from. Where signals cannot be handled (outside the
+    main thread) the answer stays no.
+    """
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)

@@ -1,0 +1,198 @@
+"""Warm start: fit the field to diffused views of known cameras before distillation begins.
+
+Not in the paper. Distillation from nothing takes thousands of steps; a few sets of diffused views, though not
+quite consistent with each other, already fix shape and colour, and distillation then only has to reconcile
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import binary_propagation
+from torch import Tensor
+
+from .cameras import Cameras, official_views, orbit_cameras
+from .conditioning import Conditioner
+from .config import FusionConfig
+from .field_state import FieldState
+from .losses import sparsity_loss
+from .model import VIEWS, Cancel, MultiViewModel, Progress
+from .nerf.render import RenderOutput, render_rays
+from .sampler import decode_views, sample_views
+
+GREY = 0.5
+"""Behind the diffused views: the grey in the middle leaves dark and light objects equally visible."""
+MASK_FROM, MASK_TO = 0.04, 0.16
+"""Largest channel difference from the background at which a pixel begins to count, and fully counts, as
+object."""
+LAMBDA_MASK = 1.0
+LAMBDA_SPARSITY = 0.01
+
+
+@dataclass(frozen=True)
+class ViewSet:
+    """Four orthogonal views to be diffused."""
+
+    index: int
+    azimuth_deg: tuple[float, ...]
+    elevation_deg: float
+
+
+ViewSource = Callable[[ViewSet, Progress | None, Cancel | None], Tensor]
+"""Pictures uint8 [4, S, S, 3] of a view set over an even background; reports and asks as a stage of its
+own."""
+
+
+def plan_views(config: FusionConfig) -> list[ViewSet]:
+    """The sets of a configuration: azimuths evenly spaced over all sets, elevations through the camera range.
+
+    Elevations cycle through the middles of the three thirds of the range.
+    """
+    assert config.warm_start is not None
+    count = config.warm_start.view_sets
+    low, high = config.camera.elevation_deg
+    return [
+        ViewSet(
+            index,
+            tuple(90.0 * (k + index / count) for k in range(VIEWS)),
+            low + (high - low) * (2 * (index % 3) + 1) / 6,
+        )
+        for index in range(count)
+    ]
+
+
+def view_cameras(config: FusionConfig, view_sets: list[ViewSet]) -> Cameras:
+    """Cameras of all views, in order; field of view and relative distance in the middle of their ranges.
+
+    The diffusion model is told directions only, so distance and field of view are what it was trained on.
+    """
+    fovy_deg = sum(config.camera.fovy_deg) / 2
+    distance = sum(config.camera.relative_distance) / 2 / math.tan(math.radians(fovy_deg) / 2)
+    azimuth = [value for views in view_sets for value in views.azimuth_deg]
+    elevation = [views.elevation_deg for views in view_sets for _ in views.azimuth_deg]
+    return orbit_cameras(azimuth, elevation, fovy_deg, distance)
+
+
+class DiffusedViews:
+    """The diffusion model as a :data:`ViewSource`; every set starts from the same noise, which keeps sets
+    alike."""
+
+    def __init__(
+        self, model: MultiViewModel, conditioner: Conditioner, config: FusionConfig, seed: int
+    ) -> None:
+        assert config.warm_start is not None
+        self.model = model
+        self.conditioner = conditioner
+        self.steps = config.warm_start.ddim_steps
+        self.guidance_scale = config.guidance_scale
+        self.seed = seed
+
+    def __call__(self, views: ViewSet, on_progress: Progress | None, cancel: Cancel | None) -> Tensor:
+        latents = sample_views(
+            self.model,
+            self.conditioner,
+            camera=official_views(views.elevation_deg, views.azimuth_deg),
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+            grey=GREY,
+            on_progress=on_progress,
+            cancel=cancel,
+        )
+        return torch.from_numpy(decode_views(self.model, latents))
+
+
+@dataclass(frozen=True)
+class Silhouettes:
+    """What pictures of an object over an even background tell about where it is."""
+
+    background: Tensor
+    """[V, 3]: the median of the border pixels."""
+    coverage: Tensor
+    """[V, H, W] in [0, 1]."""
+    certainty: Tensor
+    """[V, H, W]: 0 where a pixel of the background's colour is enclosed by object and may be either, else
+    1."""
+
+
+def silhouettes(pictures: Tensor) -> Silhouettes:
+    """Soft masks from the difference to the background. ``pictures``: [V, H, W, 3] float in [0, 1]."""
+    border = torch.cat([pictures[:, 0], pictures[:, -1], pictures[:, 1:-1, 0], pictures[:, 1:-1, -1]], dim=1)
+    background = border.median(dim=1).values
+    difference = (pictures - background[:, None, None]).abs().amax(-1)
+    coverage = ((difference - MASK_FROM) / (MASK_TO - MASK_FROM)).clamp(0, 1)
+    certainty = torch.ones_like(coverage)
+    for view, even in enumerate((coverage < 0.5).cpu().numpy()):
+        edge = torch.zeros(even.shape, dtype=torch.bool)
+        edge[0] = edge[-1] = True
+        edge[:, 0] = edge[:, -1] = True
+        outside = binary_propagation(edge.numpy() & even, mask=even)
+        certainty[view][torch.from_numpy(even & ~outside).to(certainty.device)] = 0.0
+    return Silhouettes(background, coverage, certainty)
+
+
+class WarmStartFit:
+    """Fits a state's field to pictures uint8 [4 * view_sets, S, S, 3] on the state's device."""
+
+    def __init__(self, state: FieldState, pictures: Tensor) -> None:
+        assert state.config.warm_start is not None
+        self.state = state
+        self.pictures = pictures
+        self.settings = state.config.warm_start
+        self.steps = self.settings.fit_steps
+        cameras = view_cameras(state.config, plan_views(state.config)).to(state.device)
+        rays = cameras.rays(pictures.shape[1])
+        colours = pictures.float() / 255
+        seen = silhouettes(colours)
+        self._origins, self._directions = rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3)
+        self._rgb = colours.reshape(-1, 3)
+        self._background = seen.background
+        self._coverage, self._certainty = seen.coverage.reshape(-1), seen.certainty.reshape(-1)
+        self._pixels = pictures.shape[1] * pictures.shape[2]
+
+    @classmethod
+    def begin(
+        cls, state: FieldState, source: ViewSource, on_progress: Progress | None, cancel: Cancel | None
+    ) -> WarmStartFit:
+        """Ask ``source`` for all view sets of the configuration."""
+        plan = plan_views(state.config)
+
+        def report(views: ViewSet) -> Progress | None:
+            if on_progress is None:
+                return None
+            return lambda _, done, total: on_progress("views", views.index * total + done, len(plan) * total)
+
+        pictures = [source(views, report(views), cancel) for views in plan]
+        return cls(state, torch.cat(pictures).to(state.device))
+
+    def advance(self, step: int) -> tuple[RenderOutput, dict[str, Tensor]]:
+        """One AdamW step on random rays of all pictures."""
+        state = self.state
+        state.occupancy.update(step, state.field.density, state.streams["occupancy"])
+        chosen = torch.randint(len(self._rgb), (self.settings.rays,), generator=state.streams["rays"]).to(
+            state.device
+        )
+        out = render_rays(
+            state.field,
+            state.background,
+            state.occupancy,
+            self._origins[chosen],
+            self._directions[chosen],
+            background_colour=self._background[chosen // self._pixels],
+            jitter=state.streams["jitter"],
+            config=state.config.render,
+        )
+        mask_error = (out.opacity[:, 0] - self._coverage[chosen]).square()
+        values = {
+            "rgb": F.smooth_l1_loss(out.rgb, self._rgb[chosen], beta=0.1),
+            "mask": (mask_error * self._certainty[chosen]).mean(),
+            "sparsity": sparsity_loss(out.opacity),
+        }
+        values["loss"] = values["rgb"] + LAMBDA_MASK * values["mask"] + LAMBDA_SPARSITY * values["sparsity"]
+        state.minimise(values["loss"])
+        return out, values
