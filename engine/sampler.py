@@ -92,8 +92,8 @@ def sample_views(
     [0, 1] lies behind the prompt picture.
 
     All random numbers come from one CPU generator seeded with ``seed``, in the released order: the prompt's
-    VAE noise (``pixel`` only), then the noise of all frames, the fifth included. So a seed gives the same views
-    on every device, up to rounding.
+    VAE noise (``pixel`` only), then the noise of all frames, the fifth included. So a seed gives the same
+    views on every device, up to rounding.
 
     Calls ``on_progress("views", done, total)`` after every step, and raises :class:`Cancelled` when
     ``cancel()`` is true before one. Raises :class:`InputError` for settings out of range, and
@@ -108,7 +108,6 @@ def sample_views(
     camera = official_views() if camera is None else camera
     if camera.shape != (VIEWS, 16):
         raise InputError(f"camera has shape {list(camera.shape)}; the sampler takes four views, [4, 16]")
-
     chosen = named_scheduler(scheduler, steps, model.alphas_cumprod.to(model.device))
 
     conditioning = conditioner.at_grey(grey)
@@ -132,8 +131,8 @@ def sample_views(
                 on_progress("views", step + 1, total)
         if not bool(torch.isfinite(latents).all()):
             raise ImageDreamError(
-                f"the views are not finite after {total} steps of scheduler {scheduler} in {model.dtype}; try "
-                "ddim, or float32"
+                f"the views are not finite after {total} steps of scheduler {scheduler} in {model.dtype}; "
+                "try ddim, or float32"
             )
     return latents.clone()  # out of inference mode: an ordinary tensor, which autograd accepts
 
