@@ -1,0 +1,185 @@
+"""Checkpoint -> model: ``load_model``, ``load_unet``, and ``inspect`` for what can be told without loading.
+
+What a file is, is read off its content: the official ImageDream and MVDream checkpoints as ``.pt`` or
+safetensors, and model folders in diffusers' format. Names and shapes must fit exactly; tensors that nobody
+reads are left out by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .blueprint import Layout, Part, check, fill
+from .checkpoint_files import flat_tensors, read_tensors, sha256_of
+from .errors import InputError
+from .folder_layout import folder_unet
+from .model import VIEWS, Controller, ModelCard, MultiViewModel
+from .model_folder import names_in, save_model_folder, single_weights_file
+from .network_parts import unet_by_tensors
+from .official_layout import UNET_PREFIX, is_official, unet_tensors
+from .open_model import open_model
+from .schedule import alphas_cumprod
+from .text import TextEncoder
+from .unet import MultiViewUNet
+from .vae import LatentCodec
+from .vision import VisionEncoder
+
+__all__ = ["ModelInfo", "PartInfo", "inspect", "load_model", "load_unet", "save_model_folder"]
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """One network of a checkpoint."""
+
+    name: str
+    """``unet``, ``vae``, ``text`` or ``vision``."""
+    parameters: int
+    """How many are loaded; layers that nobody reads are left out."""
+    dtypes: tuple[str, ...]
+    """As stored; empty for random weights."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What ``info`` shows of a checkpoint."""
+
+    card: ModelCard
+    frames: int
+    """Frames that the UNet denoises together."""
+    latent_px: int
+    parts: tuple[PartInfo, ...]
+
+
+def load_model(
+    model: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    controller: Controller | None = None,
+) -> MultiViewModel:
+    """Load a checkpoint for inference: evaluation mode, no gradients, all networks on one device in one
+    dtype.
+
+    Args:
+        model: ``builtin:nano``; an official ``.pt`` or ``.safetensors`` checkpoint; a diffusers-format
+        folder; a Hub id
+            ``owner/name`` or ``owner/name/file``; ``random:full`` or ``random:tiny``.
+        device: ``auto`` is CUDA where there is a GPU, else the CPU.
+        dtype: float32, float16 or bfloat16; by default float16 on CUDA, else float32.
+        controller: needed only where the default is wrong: the pixel and the local checkpoint have the same
+        tensors,
+            and which one it is, is guessed from the name.
+
+    Raises:
+        InputError: the model does not exist, cannot be read or trusted, lacks tensors or has others, holds
+        NaN, or
+            contradicts ``controller``; or the device or dtype cannot be used.
+    """
+    target = _device(device)
+    kind = _dtype(dtype, target)
+    opened = open_model(str(model), controller)
+    # Hashing reads the file as copying does, and lets other threads run.
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(_sha256, opened.weights)
+        for part in opened.layout.parts.values():
+            fill(part, target, kind, opened.card.name)
+    card = replace(opened.card, sha256=digest.result())
+    wrappers = {name: part.wrapper for name, part in opened.layout.parts.items()}
+    return MultiViewModel(
+        card=card,
+        unet=cast(MultiViewUNet, wrappers["unet"]),
+        vae=cast(LatentCodec, wrappers["vae"]),
+        text=cast(TextEncoder, wrappers["text"]),
+        vision=cast("VisionEncoder | None", wrappers.get("vision")),
+        alphas_cumprod=alphas_cumprod().to(target),
+    )
+
+
+def load_unet(state_dict_or_path: Mapping[str, Tensor] | str | Path, head_dim: int = 64) -> MultiViewUNet:
+    """The multi-view UNet alone, in float32 on the CPU, in evaluation mode, without gradients.
+
+    Args:
+        state_dict_or_path: tensors by their official names, with ``model.diffusion_model.`` (other networks
+        of the
+            checkpoint are passed over) or without; or a checkpoint file, or a diffusers-format folder or its
+            ``unet``.
+        head_dim: width of an attention head, which no shape tells; a folder's own record comes first.
+
+    Raises:
+        InputError: unreadable, or tensors missing, extra, wrongly shaped or not finite; all of them are
+        listed.
+    """
+    if isinstance(state_dict_or_path, Mapping):
+        where, tensors = "the given state dict", flat_tensors(state_dict_or_path, "the given state dict")
+    else:
+        path = Path(state_dict_or_path).expanduser()
+        where = str(path)
+        if path.is_dir():
+            path = path.resolve()
+            if (path / "unet").is_dir():
+                return _single_unet(folder_unet(path, "unet"), where)
+            if (path / "config.json").is_file():
+                return _single_unet(folder_unet(path.parent, path.name), where)
+            path = path / single_weights_file(names_in(path), None, where)
+        tensors = read_tensors(path)
+    prefix = UNET_PREFIX if is_official(tensors) else ""
+    return _single_unet(unet_by_tensors(unet_tensors(tensors), head_dim, prefix.__add__), where)
+
+
+def _single_unet(part: Part, where: str) -> MultiViewUNet:
+    check(where, Layout({"unet": part}))
+    fill(part, torch.device("cpu"), torch.float32, where)
+    return cast(MultiViewUNet, part.wrapper)
+
+
+def inspect(model: str | Path, controller: Controller | None = None) -> ModelInfo:
+    """What a checkpoint is, without building its networks; everything but NaN is checked as in
+    :func:`load_model`."""
+    opened = open_model(str(model), controller)
+    card, layout = replace(opened.card, sha256=_sha256(opened.weights)), opened.layout
+    vae = cast(LatentCodec, layout.parts["vae"].wrapper)
+    parts = []
+    for part in layout.parts.values():
+        # Random weights are made when asked for.
+        names = part.network.state_dict().keys() if opened.weights else ()
+        stored = sorted({str(part.tensors[name].dtype).removeprefix("torch.") for name in names})
+        count = sum(parameter.numel() for parameter in part.network.parameters())
+        parts.append(PartInfo(part.name, count, tuple(stored)))
+    frames = VIEWS + (card.controller == "pixel")
+    return ModelInfo(card, frames, card.picture_px // vae.downscale, tuple(parts))
+
+
+def _sha256(path: Path | None) -> str:
+    return "" if path is None else sha256_of(path)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:<number>") from None
+    if target.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; give auto, cpu, cuda or cuda:<number>")
+    if target.type == "cuda" and not 0 <= (target.index or 0) < torch.cuda.device_count():
+        raise InputError(
+            f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices are visible to "
+            f"PyTorch {torch.__version__}); give auto or cpu, or see `imagedream-rt doctor`"
+        )
+    return target
+
+
+def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"dtype is {dtype}; give float32, float16 or bfloat16")
+    return dtype
