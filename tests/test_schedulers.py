@@ -73,6 +73,12 @@ def test_a_scheduler_that_cannot_take_so_many_steps_says_so():
         named_scheduler("LCMScheduler", 900, alphas_cumprod())
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "euler", "euler-a", "ddpm", "lms"])
+def test_steps_are_spaced_as_released(name):
+    timesteps = named_scheduler(name, 50, alphas_cumprod()).timesteps
+    assert [float(t) for t in timesteps] == ddim_timesteps(50)[::-1]
+
+
 def test_ours_is_diffusers_ddim_where_both_take_the_same_steps():
     assert ddim_timesteps(50)[::-1] == [
         int(t) for t in named_scheduler("DDIMScheduler", 50, alphas_cumprod()).timesteps
