@@ -8,19 +8,14 @@ al. 2022, "Magic3D".
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.hash_grid import grid_levels, hash_encode, hash_encode_jacobian
 from ...kernels.perceptron import perceptron, perceptron_slope
-from ..config import FieldConfig, HashGridConfig
-
-Pullback = Callable[[Tensor], Tensor]
-"""Of features [N, L F] at x [N, 3]: a gradient by the features [N, L F] -> the gradient by x [N, 3],
-differentiable."""
+from ..config import FieldConfig
+from .encoding import EncodingName, hash_grid
 
 
 @dataclass(frozen=True)
@@ -33,29 +28,6 @@ class FieldOutput:
     """[N, 3] in [0, 1]."""
     normal: Tensor | None
     """[N, 3] unit vectors pointing out of the matter; zero where the density has no slope."""
-
-
-class HashGrid(nn.Module):
-    """The hash encoding with its table [P, features], drawn from U(-1e-4, 1e-4)."""
-
-    def __init__(self, config: HashGridConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.levels = grid_levels(config.levels, config.log2_table, config.base_resolution, config.growth)
-        self.width = config.levels * config.features
-        rows = self.levels[-1].offset + self.levels[-1].entries
-        table = torch.empty(rows, config.features).uniform_(-1e-4, 1e-4, generator=generator)
-        self.table = nn.Parameter(table)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [N, L F] of x [N, 3] in the unit cube."""
-        return hash_encode(x, self.table, self.levels)
-
-    def with_pullback(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """The features, and what carries a gradient by them back to x."""
-        features, jacobian = hash_encode_jacobian(x, self.table, self.levels)
-        # [L F, 3, N]: the contiguous layout behind the view, so that the sum below runs along memory.
-        slopes = jacobian.permute(1, 2, 0)
-        return features, lambda grad: (grad.t()[:, None] * slopes).sum(0).t()
 
 
 class Perceptron(nn.Module):
@@ -86,10 +58,16 @@ class Field(nn.Module):
     (torch.Size([5, 3]), [10.0, 10.0, 10.0, 10.0, 10.0])
     """
 
-    def __init__(self, config: FieldConfig, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: FieldConfig,
+        *,
+        encoding: EncodingName = "torch",
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.grid = HashGrid(config.grid, generator)
+        self.grid = hash_grid(encoding, config.grid, generator)
         self.density_mlp = Perceptron(self.grid.width, config.hidden, 1, generator)
         self.feature_mlp = Perceptron(self.grid.width, config.hidden, 3, generator)
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...kernels.composite import composite, visible
-from ...kernels.ray_march import Samples, march, pack
+from ...kernels.composite import visible
+from ...kernels.ray_march import Samples, pack
 from ..config import RenderConfig
 from .background import Background
 from .field import Field
 from .occupancy import OccupancyGrid
 from .shading import ALBEDO, Shading, shade
+from .volume import TORCH, VolumeBackend
 
 if TYPE_CHECKING:
     from ..cameras import Rays
@@ -76,6 +77,7 @@ def sample_rays(
     directions: Tensor,
     near: Tensor | None,
     config: RenderConfig,
+    volume: VolumeBackend = TORCH,
 ) -> Samples:
     """Samples of rays [R, 3] worth a gradient: in occupied cells, still lit, and not transparent.
 
@@ -89,7 +91,7 @@ def sample_rays(
         alpha_least = occupancy.alpha_threshold
         for start in range(0, n_rays, chunk):
             rows = slice(start, start + chunk)
-            found = march(
+            found = volume.march(
                 origins[rows],
                 directions[rows],
                 occupancy.occupied,
@@ -130,6 +132,7 @@ def render_rays(
     background_colour: Tensor | None = None,
     jitter: torch.Generator | Tensor | None = None,
     with_normals: bool = False,
+    volume: VolumeBackend = TORCH,
 ) -> RenderOutput:
     """Render rays with origins and unit directions [R, 3]; differentiable in the field and the background.
 
@@ -145,14 +148,14 @@ def render_rays(
         near = torch.rand(n_rays, generator=jitter, device=jitter.device).to(origins) * config.step_size
     elif jitter is not None:
         near = jitter * config.step_size
-    samples = sample_rays(field, occupancy, origins, directions, near, config)
+    samples = sample_rays(field, occupancy, origins, directions, near, config, volume)
     points = _midpoints(origins, directions, samples)
     out = field(points, with_normal=with_normals or shading.needs_normals)
     lights = None if light_positions is None else light_positions.index_select(0, samples.ray_indices)
     values = shade(out.albedo, out.normal, points, lights, shading)
     if out.normal is not None:
         values = torch.cat((values, out.normal), dim=1)
-    seen = composite(out.sigma, values, samples)
+    seen = volume.composite(out.sigma, values, samples)
 
     behind = background(directions)
     if background_colour is not None:
@@ -190,6 +193,7 @@ def render(
     background_colour: Tensor | None = None,
     jitter: torch.Generator | Tensor | None = None,
     with_normals: bool = False,
+    volume: VolumeBackend = TORCH,
 ) -> RenderOutput:
     """Render pictures [V, H, W]: :func:`render_rays` of all pixels, with one light position [V, 3] per
     view."""
@@ -208,6 +212,7 @@ def render(
         background_colour=background_colour,
         jitter=jitter,
         with_normals=with_normals,
+        volume=volume,
     )
     return RenderOutput(
         rgb=flat.rgb.view(*shape, 3),
