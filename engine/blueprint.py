@@ -40,8 +40,7 @@ class Part:
 
 @dataclass
 class Layout:
-    """The networks that a checkpoint's tensors make, and what is wrong with them apart from names and
-    shapes."""
+    """The networks that a checkpoint's tensors make, and what keeps others from being laid out."""
 
     parts: dict[str, Part] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
@@ -107,7 +106,7 @@ def check(where: str, layout: Layout) -> None:
     complaints = list(layout.complaints)
     for kind, names in lists.items():
         if names:
-            complaints.append(f"{len(names)} tensors {kind}: {spelt(names)}")
+            complaints.append(f"{kind} tensors ({len(names)}): {spelt(names)}")
     if complaints:
         raise InputError(
             f"{where}: not the weights of an ImageDream or MVDream model. {'; '.join(complaints)}. "
@@ -150,10 +149,10 @@ def _refuse(where: str, part: Part, dtype: torch.dtype, names: list[str]) -> Non
     listed = spelt([part.file_name(name) for name in broken or names])
     if broken:
         raise InputError(
-            f"{where}: NaN or infinite weights in {len(broken)} tensors of the {part.name}: {listed}; "
+            f"{where}: NaN or infinite weights in the {part.name} ({len(broken)} tensors): {listed}; "
             "the file is damaged or its training diverged; give a sound checkpoint"
         )
     raise InputError(
-        f"{where}: {len(names)} tensors of the {part.name} exceed the range of "
+        f"{where}: weights of the {part.name} ({len(names)} tensors) exceed the range of "
         f"{str(dtype).removeprefix('torch.')}: {listed}; load the model with dtype float32 or bfloat16"
     )

@@ -66,10 +66,11 @@ def folder_unet(folder: Path, component: str) -> Part:
 def _recorded(config: dict[str, Any], where: Path) -> UNetConfig:
     settings: dict[str, Any] = {}
     for setting in fields(UNetConfig):
-        kind = type(setting.default)
-        value: Any = config.get(setting.name, setting.default)
+        default: Any = setting.default
+        value = config.get(setting.name, default)
         value = tuple(value) if isinstance(value, list) else value
-        if type(value) is not kind or (kind is tuple and any(type(entry) is not int for entry in value)):
+        numbers = value if isinstance(default, tuple) and isinstance(value, tuple) else ()
+        if type(value) is not type(default) or any(type(number) is not int for number in numbers):
             raise InputError(f"{where}: {setting.name} is {value!r}; give the folder as it was written")
         settings[setting.name] = value
     return UNetConfig(**settings)
@@ -87,8 +88,7 @@ def _tensors(folder: Path, component: str) -> dict[str, Tensor]:
 
 
 def _clip_config(folder: Path) -> dict[str, Any]:
-    """What this package reads of a CLIP tower's ``config.json``; the rest differs between transformers
-    versions."""
+    """What this package reads of a CLIP tower's ``config.json``."""
     config = read_json(folder / "config.json")
     return {key: value for key, value in config.items() if key in CLIP_SETTINGS and value is not None}
 

@@ -1,13 +1,16 @@
-"""Model ids of the Hugging Face Hub (``owner/name`` or ``owner/name/file``): find, download once, or say
-what to do.
+"""Model ids of the Hugging Face Hub, ``owner/name`` or ``owner/name/file``.
 
+Downloads once; where that cannot be done, the error says what to do instead.
 ``HF_HOME``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` work as everywhere with ``huggingface_hub``.
 """
 
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from .checkpoint_files import WEIGHT_SUFFIXES
 from .errors import InputError
@@ -18,8 +21,7 @@ _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>\w[\w./-]*))?", re.
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether the name has the form of a hub id; a two-part name that ends like a weights file is taken for
-    a path."""
+    """Whether the name has the form of a hub id. Two parts, the last like a weights file's, are a path."""
     match = _ID.fullmatch(model)
     return match is not None and (match["file"] is not None or not model.endswith(WEIGHT_SUFFIXES))
 
@@ -39,6 +41,8 @@ def fetch(model: str, controller: Controller | None) -> Path:
     match = _ID.fullmatch(model)
     assert match is not None, model
     repo, file = match["repo"], match["file"]
+    if not _host_resolves():
+        return _cached(model, repo, file, controller, "its name cannot be resolved")
     try:
         if file is None:
             names = HfApi().list_repo_files(repo)
@@ -64,13 +68,25 @@ def fetch(model: str, controller: Controller | None) -> Path:
             raise InputError(
                 f"{model}: the repository {repo} has no file {file}; see https://huggingface.co/{repo}"
             ) from None
-        return _cached(model, repo, file, controller, error)
+        return _cached(model, repo, file, controller, f"{type(error).__name__}: {error}")
     # What a missing network raises depends on the HTTP library, which has changed twice between hub versions.
     except Exception as error:
-        return _cached(model, repo, file, controller, error)
+        return _cached(model, repo, file, controller, f"{type(error).__name__}: {error}")
 
 
-def _cached(model: str, repo: str, file: str | None, controller: Controller | None, cause: Exception) -> Path:
+def _host_resolves() -> bool:
+    """False without a network: the client itself would retry for half a minute and print about it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():  # the client, or the proxy, knows better
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443))
+    except OSError:
+        return False
+
+
+def _cached(model: str, repo: str, file: str | None, controller: Controller | None, reason: str) -> Path:
     """The same from the hub's cache alone, when the Hub cannot be asked."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -83,11 +99,11 @@ def _cached(model: str, repo: str, file: str | None, controller: Controller | No
             return snapshot / file
         if file is None and snapshot.is_dir() and any(snapshot.iterdir()):
             return snapshot
-    reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    page = f"https://huggingface.co/{repo}" + (f"/blob/main/{file}" if file else "")
+    command = f"hf download {repo}" + (f" {file}" if file else "")
     raise InputError(
-        f"{model}: not on this machine, and the Hugging Face Hub cannot be reached ({reason}). With a "
-        f"network, download it from https://huggingface.co/{repo}{'/blob/main/' + file if file else ''} "
-        f"(for example `hf download {repo}{' ' + file if file else ''}`), then give the path of the "
-        f"downloaded file or folder, or put the cache it filled at {constants.HF_HUB_CACHE} (set HF_HOME "
-        "for another place); builtin:nano works offline"
+        f"{model}: not on this machine, and the Hugging Face Hub cannot be reached "
+        f"({reason.splitlines()[0]}). With a network, download it from {page} (for example `{command}`), "
+        "then give the path of the downloaded file or folder, or put the cache it filled at "
+        f"{constants.HF_HUB_CACHE} (set HF_HOME for another place); builtin:nano works offline"
     )

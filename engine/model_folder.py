@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -78,8 +79,7 @@ def is_model_folder(names: Iterable[str]) -> bool:
 
 
 def component_weights(names: Iterable[str], component: str) -> str | None:
-    """The weights file of a component among the names in a model folder, by preference; None if there is
-    none."""
+    """The weights file of a component among the names in a model folder, if there is one."""
     present = set(names)
     return next((f"{component}/{name}" for name in _WEIGHTS if f"{component}/{name}" in present), None)
 
@@ -126,7 +126,7 @@ def save_model_folder(model: MultiViewModel, folder: Path | str) -> None:
     it appears whole or not at all. A model with CLIP's own vocabulary gets no ``tokenizer/``: that is the
     default on loading. Raises :class:`InputError` if ``folder`` is something else or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder}: exists and is not a folder; choose another place for the model")
     if folder.is_dir() and any(folder.iterdir()) and not is_model_folder(names_in(folder)):
@@ -144,10 +144,8 @@ def save_model_folder(model: MultiViewModel, folder: Path | str) -> None:
             if old.exists():
                 old.rename(folder)
             raise
-    except OSError as error:
-        raise InputError(
-            f"{folder}: the model cannot be written there ({error.strerror or error})"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: the model cannot be written there ({error})") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -215,7 +213,6 @@ def _unet_settings(model: MultiViewModel) -> dict[str, Any]:
         "num_head_channels": config.head_dim,
         "transformer_depth": 1,
         "ip_dim": config.image_tokens if config.with_image else 0,
-        "ip_weight": model.unet.image_scale,
     }
 
 

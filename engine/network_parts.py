@@ -1,5 +1,7 @@
-"""Each network of a model laid out on the meta device beside its tensors; what nobody reads is left out
-here, by name."""
+"""Each network of a model laid out on the meta device beside its tensors.
+
+Tensors that no forward pass reads are left out here, by name.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ RELEASED_VISION: dict[str, Any] = {
 
 
 def best_of(build: Callable[[Any], Part], first: Callable[[], Any], second: Callable[[], Any]) -> Part:
-    """The part for the configuration ``first()``, or for ``second()`` if that explains the tensors better.
+    """The part for the configuration ``first()``, or ``second()`` if that explains the tensors better.
 
     A tensor that is missing or misshapen can mislead the inference of sizes; with a second opinion the user
     is still told exactly what is at fault. Raises what ``first`` raises if the second is implausible too.
@@ -88,8 +90,8 @@ def best_of(build: Callable[[Any], Part], first: Callable[[], Any], second: Call
 def unet_part(
     config: UNetConfig, tensors: Mapping[str, Tensor], file_name: Callable[[str], str] = same_name
 ) -> Part:
-    with torch.device("meta"):
-        unet = MultiViewUNet(config)
+    """Raises :class:`InputError` for sizes of which no UNet can be made."""
+    unet = _on_meta(lambda: MultiViewUNet(config), "UNet")
     return Part("unet", unet, unet, tensors, file_name)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from .blueprint import Layout
+from .blueprint import Layout, Part
 from .clip_layout import (
     clip_text_config,
     clip_text_from_official,
@@ -74,36 +74,52 @@ def official_layout(tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None =
 
     unet = _under(tensors, UNET_PREFIX)
     layout.attempt(lambda: unet_by_tensors(unet, 64, UNET_PREFIX.__add__))
+    adaptor = layout.parts["unet"].network.config.image_adaptor if "unet" in layout.parts else None
+
+    def lay(what: str, prefix: str, found: Mapping[str, Tensor], build: Callable[[], Part]) -> None:
+        if found:
+            layout.attempt(build)
+        else:
+            layout.complaints.append(f"it has no {what} (tensors {prefix}*)")
 
     vae = vae_from_official(_under(tensors, vae_prefix))
     levels = len({name.split(".")[2] for name in vae if name.startswith("decoder.up_blocks.")})
     vae_name = official_vae_name(vae_prefix, levels)
-    layout.attempt(
-        lambda: best_of(lambda c: vae_part(c, vae, vae_name), lambda: vae_config(vae), lambda: RELEASED_VAE)
+    lay(
+        "VAE",
+        vae_prefix,
+        vae,
+        lambda: best_of(lambda c: vae_part(c, vae, vae_name), lambda: vae_config(vae), lambda: RELEASED_VAE),
     )
 
     clip = _under(tensors, clip_prefix)
     text, text_name = clip_text_from_official(clip), official_clip_name(clip_prefix)
     words = tokenizer or ClipTokenizer()
-    layout.attempt(
+    lay(
+        "text encoder",
+        clip_prefix,
+        text,
         lambda: best_of(
             lambda c: text_part(c, text, words, text_name),
             lambda: clip_text_config(text),
             lambda: RELEASED_TEXT,
-        )
+        ),
     )
 
-    vision, vision_name = clip_vision_from_official(clip), official_clip_name(f"{clip_prefix}visual.")
-    adaptor = layout.parts["unet"].network.config.image_adaptor if "unet" in layout.parts else "resampler"
+    vision_prefix = f"{clip_prefix}visual."
+    vision, vision_name = clip_vision_from_official(clip), official_clip_name(vision_prefix)
     if adaptor == "none":
-        layout.extra += tuple(name for name in tensors if name.startswith(f"{clip_prefix}visual."))
-    else:
-        layout.attempt(
+        layout.extra += tuple(name for name in tensors if name.startswith(vision_prefix))
+    elif vision or adaptor is not None:
+        lay(
+            "image encoder",
+            vision_prefix,
+            vision,
             lambda: best_of(
                 lambda c: vision_part(c, vision, vision_name, pooled=adaptor == "global"),
                 lambda: clip_vision_config(vision),
                 lambda: RELEASED_VISION,
-            )
+            ),
         )
     return layout
 

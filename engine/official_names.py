@@ -1,5 +1,4 @@
-"""Our names of the VAE's and CLIP's tensors -> those of the official checkpoints, for messages about such
-files.
+"""Our names of the VAE's and CLIP's tensors -> those of the official checkpoints, for error messages.
 
 The other direction is :mod:`.vae_layout` and :mod:`.clip_layout`. Where one official tensor holds three of
 ours (``in_proj``), the part follows in brackets: ``...attn.in_proj_weight[q]``.
@@ -43,8 +42,7 @@ _CLIP = (
 
 
 def official_vae_name(prefix: str, levels: int) -> Callable[[str], str]:
-    """The renaming for a VAE of that many levels (``AutoencoderKL`` counts the decoder's from the other
-    end)."""
+    """The renaming for a VAE of that many levels, as ``AutoencoderKL`` counts the decoder's backwards."""
 
     def rename(name: str) -> str:
         name = _substituted(name, _VAE)

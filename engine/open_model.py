@@ -1,5 +1,4 @@
-"""From a model's name to its networks on the meta device, checked against its tensors: everything but the
-loading."""
+"""From a model's name to its networks on the meta device, checked against its tensors."""
 
 from __future__ import annotations
 
@@ -159,8 +158,8 @@ def _random(model: str, controller: Controller) -> OpenedModel:
 
 
 def _check(where: str, layout: Layout) -> None:
-    if {"unet", "vae", "text"} <= layout.parts.keys():
-        layout.complaints += widths_disagree(layout.parts)
+    check(where, layout)
+    layout.complaints += widths_disagree(layout.parts)
     check(where, layout)
 
 
@@ -171,8 +170,7 @@ def _adaptor(layout: Layout) -> ImageAdaptor:
 def _controller(
     model: str, called: str, adaptor: ImageAdaptor, recorded: Any, given: Controller | None
 ) -> tuple[Controller, str]:
-    """The controller and why, the first that holds: given, recorded, the only one possible, guessed from the
-    name."""
+    """The controller and why: given, else recorded, else the only possible one, else guessed by name."""
     allowed = _CONTROLLERS[adaptor]
     if given is not None:
         if given not in allowed:

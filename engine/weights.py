@@ -7,7 +7,7 @@ reads are left out by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,23 +64,19 @@ def load_model(
     dtype: torch.dtype | None = None,
     controller: Controller | None = None,
 ) -> MultiViewModel:
-    """Load a checkpoint for inference: evaluation mode, no gradients, all networks on one device in one
-    dtype.
+    """Load a checkpoint for inference: evaluation mode, no gradients, one device, one dtype.
 
     Args:
         model: ``builtin:nano``; an official ``.pt`` or ``.safetensors`` checkpoint; a diffusers-format
-        folder; a Hub id
-            ``owner/name`` or ``owner/name/file``; ``random:full`` or ``random:tiny``.
+            folder; a Hub id ``owner/name`` or ``owner/name/file``; ``random:full`` or ``random:tiny``.
         device: ``auto`` is CUDA where there is a GPU, else the CPU.
         dtype: float32, float16 or bfloat16; by default float16 on CUDA, else float32.
-        controller: needed only where the default is wrong: the pixel and the local checkpoint have the same
-        tensors,
-            and which one it is, is guessed from the name.
+        controller: needed only where the default is wrong. The pixel and the local checkpoint have the same
+            tensors, and which one it is, is guessed from the name.
 
     Raises:
         InputError: the model does not exist, cannot be read or trusted, lacks tensors or has others, holds
-        NaN, or
-            contradicts ``controller``; or the device or dtype cannot be used.
+            NaN, or contradicts ``controller``; or the device or dtype cannot be used.
     """
     target = _device(device)
     kind = _dtype(dtype, target)
@@ -107,41 +103,43 @@ def load_unet(state_dict_or_path: Mapping[str, Tensor] | str | Path, head_dim: i
 
     Args:
         state_dict_or_path: tensors by their official names, with ``model.diffusion_model.`` (other networks
-        of the
-            checkpoint are passed over) or without; or a checkpoint file, or a diffusers-format folder or its
-            ``unet``.
+            of the checkpoint are passed over) or without; or a checkpoint file; or a diffusers-format
+            folder or its ``unet``.
         head_dim: width of an attention head, which no shape tells; a folder's own record comes first.
 
     Raises:
-        InputError: unreadable, or tensors missing, extra, wrongly shaped or not finite; all of them are
-        listed.
+        InputError: unreadable; or tensors missing, extra, wrongly shaped or not finite, all of them listed.
     """
-    if isinstance(state_dict_or_path, Mapping):
-        where, tensors = "the given state dict", flat_tensors(state_dict_or_path, "the given state dict")
+    where, build = _unet_source(state_dict_or_path, head_dim)
+    layout = Layout()
+    layout.attempt(build)
+    check(where, layout)
+    fill(layout.parts["unet"], torch.device("cpu"), torch.float32, where)
+    return cast(MultiViewUNet, layout.parts["unet"].wrapper)
+
+
+def _unet_source(source: Mapping[str, Tensor] | str | Path, head_dim: int) -> tuple[str, Callable[[], Part]]:
+    """What to call the source in errors, and what lays out the UNet in it."""
+    if isinstance(source, Mapping):
+        where = "the given state dict"
+        tensors = flat_tensors(source, where)
     else:
-        path = Path(state_dict_or_path).expanduser()
+        path = Path(source).expanduser()
         where = str(path)
         if path.is_dir():
             path = path.resolve()
             if (path / "unet").is_dir():
-                return _single_unet(folder_unet(path, "unet"), where)
+                return where, lambda: folder_unet(path, "unet")
             if (path / "config.json").is_file():
-                return _single_unet(folder_unet(path.parent, path.name), where)
+                return where, lambda: folder_unet(path.parent, path.name)
             path = path / single_weights_file(names_in(path), None, where)
         tensors = read_tensors(path)
     prefix = UNET_PREFIX if is_official(tensors) else ""
-    return _single_unet(unet_by_tensors(unet_tensors(tensors), head_dim, prefix.__add__), where)
-
-
-def _single_unet(part: Part, where: str) -> MultiViewUNet:
-    check(where, Layout({"unet": part}))
-    fill(part, torch.device("cpu"), torch.float32, where)
-    return cast(MultiViewUNet, part.wrapper)
+    return where, lambda: unet_by_tensors(unet_tensors(tensors), head_dim, prefix.__add__)
 
 
 def inspect(model: str | Path, controller: Controller | None = None) -> ModelInfo:
-    """What a checkpoint is, without building its networks; everything but NaN is checked as in
-    :func:`load_model`."""
+    """What a checkpoint is. Nothing is loaded; all but NaN is checked as in :func:`load_model`."""
     opened = open_model(str(model), controller)
     card, layout = replace(opened.card, sha256=_sha256(opened.weights)), opened.layout
     vae = cast(LatentCodec, layout.parts["vae"].wrapper)

@@ -77,6 +77,19 @@ def test_hub_cache_serves_offline(state: State, hub_cache: Path) -> None:
     assert "hf download Peng-Wang/ImageDream sd-v2.1-base-4view-ipmv.pt" in absent
 
 
+def test_no_network_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> None:
+    """Without retries: the client is not even asked."""
+
+    def unknown(*_: Any) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("imagedream_rt.engine.hub.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("huggingface_hub.HfApi", None)
+    assert "cannot be reached (its name cannot be resolved)" in refused(lambda: fetch("owner/name", None))
+
+
 class FakeHub:
     """What the Hub holds and what was downloaded of it."""
 

@@ -114,9 +114,9 @@ def test_a_fault_in_the_released_checkpoint_is_named_exactly() -> None:
         "surprise",
     ]
     assert [name for name in named if name not in message] == []
-    assert "7 tensors missing" in message
-    assert "2 tensors extra" in message
-    assert "3 tensors wrongly shaped" in message
+    assert "missing tensors (7)" in message
+    assert "extra tensors (2)" in message
+    assert "wrongly shaped tensors (3)" in message
     assert "[5, 320, 3, 3], must be [4, 320, 3, 3]" in message
 
 
@@ -125,7 +125,7 @@ def test_long_lists_are_cut() -> None:
     kept = {name: shape for name, shape in keys.items() if "output_blocks.1" not in name}
     message = refused(lambda: check("released", official_layout(on_meta(kept), ByteTokenizer())))
     missing = len(keys) - len(kept)
-    assert f"{missing} tensors missing" in message
+    assert f"missing tensors ({missing})" in message
     assert f"and {missing - 20} more" in message
 
 

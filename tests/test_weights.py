@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,7 @@ def test_load_unet_lists_all_faults_at_once(state: State, missing: str, wrong: s
     expected = {missing, wrong, "bogus.weight", "out.0.bias: int64"}
     assert {words for words in expected if words not in message} == set()
     faults = 4 if wrong != missing else 3
-    counts = [int(part.split()[-1]) for part in message.split(" tensors ")[:-1]]
-    assert sum(counts) == faults
+    assert sum(int(count) for count in re.findall(r"tensors \((\d+)\)", message)) == faults
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -187,13 +187,15 @@ def test_weights_that_are_not_finite(state: State, tmp_path: Path, value: float)
     broken["vae_model.encoder.conv_in.bias"][0] = value
     torch.save(broken, tmp_path / "model.pt")
     message = refused(lambda: load(tmp_path / "model.pt"))
-    assert "2 tensors of the vae" in message
+    assert "the vae (2 tensors)" in message
     assert "vae_model.decoder.up.2.block.0.norm1.weight" in message
     assert "vae_model.encoder.conv_in.bias" in message
 
 
 def test_load_unet_refuses_what_is_no_unet(tmp_path: Path) -> None:
-    assert "multi-view UNet" in refused(lambda: load_unet({"weight": torch.zeros(3)}))
+    message = refused(lambda: load_unet({"weight": torch.zeros(3)}))
+    assert message.startswith("the given state dict: ")
+    assert "multi-view UNet" in message
     assert "no tensors" in refused(lambda: load_unet({}))
     assert "not a tensor" in refused(lambda: load_unet({"weight": [1.0]}))  # type: ignore[dict-item]
     assert "no such file" in refused(lambda: load_unet(tmp_path / "absent.pt"))
@@ -217,6 +219,20 @@ def test_no_such_model(tmp_path: Path) -> None:
 def test_missing_embedded_model_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("imagedream_rt.engine.open_model.BUILTIN", {"builtin:nano": tmp_path})
     assert "reinstall" in refused(lambda: load_model("builtin:nano"))
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("vae_model.", "no VAE (tensors vae_model.*)"),
+        ("clip_model.model.visual.", "no image encoder (tensors clip_model.model.visual.*)"),
+        ("clip_model.", "no text encoder (tensors clip_model.model.*)"),
+        ("model.diffusion_model.image_embed.", "image_embed.proj_in.weight"),
+    ],
+)
+def test_checkpoint_without_a_whole_network(state: State, tmp_path: Path, gone: str, words: str) -> None:
+    torch.save({n: t for n, t in state.items() if not n.startswith(gone)}, tmp_path / "model.pt")
+    assert words in refused(lambda: load(tmp_path / "model.pt"))
 
 
 def test_checkpoint_of_something_else(state: State, tmp_path: Path) -> None:
