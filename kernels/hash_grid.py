@@ -89,7 +89,7 @@ def _corners(x: Tensor, level: GridLevel) -> tuple[Tensor, Tensor]:
 def _overhang(level: GridLevel) -> int:
     """How many entries of a dense level are repeated behind it, so that overhanging indices need no
     division."""
-    return 0 if level.hashed else min(level.entries, 1 + level.resolution + level.resolution**2)
+    return 0 if level.hashed else 1 + level.resolution + level.resolution**2
 
 
 class _HashEncode(torch.autograd.Function):
@@ -123,8 +123,8 @@ class _HashEncode(torch.autograd.Function):
         ctx.levels, ctx.table_shape = levels, table.shape
         ctx.set_materialize_grads(False)
         if slope is None:
-            return value.view(-1, n)
-        return value.view(-1, n), slope.view(-1, 3, n)
+            return value.flatten(0, 1)
+        return value.flatten(0, 1), slope.flatten(0, 1)
 
     @staticmethod
     @once_differentiable

@@ -81,7 +81,7 @@ def perceptron(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     Raises ``ValueError`` for shapes that do not fit.
 
     >>> perceptron(torch.tensor([[2.0], [-2.0]]), torch.tensor([[3.0]]), torch.tensor([[0.5]])).tolist()
-    [[3.0], [-0.0]]
+    [[3.0], [0.0]]
     """
     _check(x, inner, outer)
     return _Perceptron.apply(x.t().contiguous(), inner, outer, False).t()

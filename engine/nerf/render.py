@@ -89,7 +89,7 @@ def sample_rays(
     kept = []
     with torch.no_grad():
         alpha_least = occupancy.alpha_threshold
-        for start in range(0, n_rays, chunk):
+        for start in range(0, max(n_rays, 1), chunk):
             rows = slice(start, start + chunk)
             found = volume.march(
                 origins[rows],
