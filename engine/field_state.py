@@ -32,7 +32,7 @@ class FieldState:
         self.restart_optimizer()
 
     def restart_optimizer(self) -> None:
-        """AdamW with fresh moments; four groups with their own learning rates."""
+        """AdamW with fresh moments; four groups, the grid first, with the configuration's learning rates."""
         config = self.config
         named = [(f"field.{name}", parameter) for name, parameter in self.field.named_parameters()]
         named += [(f"background.{name}", parameter) for name, parameter in self.background.named_parameters()]
@@ -46,6 +46,13 @@ class FieldState:
         self.optimizer = torch.optim.AdamW(
             groups, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
         )
+
+    def set_learning_rates(self, *, grid: float, networks: float) -> None:
+        """Other rates than the configuration's, until the optimiser is restarted."""
+        first, *others = self.optimizer.param_groups
+        first["lr"] = grid
+        for group in others:
+            group["lr"] = networks
 
     def minimise(self, loss: Tensor) -> None:
         """One AdamW step on every parameter that the loss reaches, be it with a gradient of zero."""

@@ -25,7 +25,7 @@ from .nerf.render import RenderOutput, render
 from .nerf.shading import ALBEDO, Shading
 from .random_streams import RandomStreams
 from .run_context import deterministic, interrupt_between_steps
-from .warm_start import ViewSource, WarmStartFit
+from .warm_start import ViewSource, WarmStartFit, sampling_steps
 
 Metrics = Callable[[str, int, dict[str, float]], None]
 """``on_metrics(phase, steps done, values)``, whenever the loop waits for the device anyway."""
@@ -138,7 +138,8 @@ class Fusion:
         if self.warm is None:
             assert self.views is not None
             self.warm = WarmStartFit.begin(self.state, self.views, hooks.on_progress, hooks.cancel)
-        self._loop(self.warm.steps, self.warm.advance, hooks, interrupted)
+        sampled = sampling_steps(self.warm.settings)
+        self._loop(self.warm.steps, self.warm.advance, hooks, interrupted, sampled)
         self.state.restart_optimizer()
         self.warm = None
         self.phase, self.done = FUSE, 0
@@ -149,8 +150,12 @@ class Fusion:
         advance: Callable[[int], tuple[RenderOutput, dict[str, Tensor]]],
         hooks: Hooks,
         interrupted: Callable[[], bool],
+        before: int = 0,
     ) -> None:
-        """``advance(step)`` until ``total``; everything that may stop the run happens between two steps."""
+        """``advance(step)`` until ``total``; everything that may stop the run happens between two steps.
+
+        ``before`` counts steps of other work that share the progress bar.
+        """
         every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_SYNCS
         while self.done < total:
             stop = hooks.cancel is not None and hooks.cancel()
@@ -171,7 +176,7 @@ class Fusion:
             if save:
                 self._pause(hooks.checkpoint_path)
             if hooks.on_progress is not None:
-                hooks.on_progress(self.phase, self.done, total)
+                hooks.on_progress(self.phase, before + self.done, before + total)
 
     def _pause(self, path: Path | None) -> None:
         """Write a checkpoint, unless what it would hold is broken."""

@@ -129,8 +129,8 @@ def test_progress_and_metrics_are_reported():
         on_progress=lambda *event: progress.append(event),
         on_metrics=lambda phase, done, values: metrics.append((phase, done, values)),
     )
-    assert progress == [("warm-start", k + 1, 6) for k in range(6)] + [("fuse", k + 1, 8) for k in range(8)]
-    assert [(phase, done) for phase, done, _ in metrics] == [event[:2] for event in progress]
+    assert progress == [("warm-start", k + 3, 8) for k in range(6)] + [("fuse", k + 1, 8) for k in range(8)]
+    assert [done for phase, done, _ in metrics] == [*range(1, 7), *range(1, 9)]
     fused = metrics[-1][2]
     weighted = (
         fused["sds"] + TINY.lambda_orient.at(7) * fused["orient"] + TINY.lambda_sparsity * fused["sparsity"]

@@ -76,4 +76,4 @@ def test_views_report_and_ask_while_they_are_made():
     fusion = Fusion(TINY_WARM, StubGuidance(), views=source)
     with pytest.raises(Cancelled, match="during the views"):
         fusion.run(on_progress=lambda *event: events.append(event), cancel=lambda: len(events) == 2)
-    assert events == [("views", 1, 6), ("views", 4, 6)]
+    assert events == [("warm-start", 0, 8), ("warm-start", 1, 8)]
