@@ -170,8 +170,11 @@ def _write(model: MultiViewModel, folder: Path) -> None:
                 raise InputError(
                     f"{component}: tensor {name} is NaN, infinite or beyond float16; nothing was saved"
                 )
-        save_file(half, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})
+        weights = folder / component / f"{stem}.safetensors"
+        save_file(half, weights, metadata={"format": "pt"})
         write_json(folder / component / "config.json", config)
+        # Some versions of safetensors write files that only their owner may read.
+        shutil.copymode(folder / component / "config.json", weights)
 
     put("unet", "mv_unet", _unet_settings(model), model.unet.state_dict())
     vae = {key: value for key, value in dict(model.vae.vae.config).items() if not key.startswith("_")}

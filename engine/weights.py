@@ -43,7 +43,7 @@ class PartInfo:
     parameters: int
     """How many are loaded; layers that nobody reads are left out."""
     dtypes: tuple[str, ...]
-    """As stored; empty for random weights."""
+    """As stored."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,9 @@ def inspect(model: str | Path, controller: Controller | None = None) -> ModelInf
     vae = cast(LatentCodec, layout.parts["vae"].wrapper)
     parts = []
     for part in layout.parts.values():
-        # Random weights are made when asked for.
-        names = part.network.state_dict().keys() if opened.weights else ()
-        stored = sorted({str(part.tensors[name].dtype).removeprefix("torch.") for name in names})
+        # Random weights, all float32, are made when looked at.
+        looked_at = [*part.network.state_dict()] if opened.weights else [*part.tensors][:1]
+        stored = sorted({str(part.tensors[name].dtype).removeprefix("torch.") for name in looked_at})
         count = sum(parameter.numel() for parameter in part.network.parameters())
         parts.append(PartInfo(part.name, count, tuple(stored)))
     frames = VIEWS + (card.controller == "pixel")

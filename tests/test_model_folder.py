@@ -33,6 +33,8 @@ def test_model_folder_round_trip(controller: Controller, tmp_path: Path) -> None
     save_model_folder(again, tmp_path / "model")
     assert_same_model(again, load(tmp_path / "model", dtype=torch.float16))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "words"]
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1
 
 
 @pytest.fixture

@@ -46,4 +46,4 @@ def test_full_random_model_has_the_released_sizes() -> None:
 def test_inspect_makes_no_weights() -> None:
     info = inspect("random:full", "local")
     assert (info.frames, info.latent_px, info.card.layout, info.card.sha256) == (4, 32, "random", "")
-    assert {part.dtypes for part in info.parts} == {()}
+    assert {part.dtypes for part in info.parts} == {("float32",)}
