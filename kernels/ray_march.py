@@ -104,14 +104,14 @@ def _march(
     # quotient.
     safe = torch.where(directions.abs() < 1e-10, torch.full_like(directions, 1e-10), directions)
     to_low, to_high = (-1.0 - origins) / safe, (1.0 - origins) / safe
-    enter = torch.minimum(to_low, to_high).amax(dim=1).clamp_min(0.0)
+    enter = torch.minimum(to_low, to_high).amax(dim=1)
     leave = torch.maximum(to_low, to_high).amin(dim=1)
     # One lattice point is added in front and one behind: rounding must not lose the first or the last
     # interval.
     first = ((enter - near) / step - 0.5).ceil().sub_(1.0).clamp_min_(0.0)
     count = math.ceil(BOX_DIAGONAL / step) + 2
     k = first[:, None] + torch.arange(count, device=origins.device, dtype=origins.dtype)
-    middle = torch.addcmul(near[:, None], k + 0.5, k.new_tensor(step))
+    middle = torch.add(near[:, None], k + 0.5, alpha=step)
     inside = (middle >= enter[:, None]) & (middle < leave[:, None])
     cell = torch.zeros(middle.shape, dtype=torch.int64, device=origins.device)
     for axis in range(3):
