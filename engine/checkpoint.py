@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import (
     CameraRange,
@@ -78,25 +78,24 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return {name[start:]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Moments and step counts, as ``<parameter name>/<state name>``; empty before the first step."""
     return {
-        f"{names[parameter]}/{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}/{key}": value
+        for parameter, name in names.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Inverse of :func:`optimizer_state`."""
     by_name = {name: parameter for parameter, name in names.items()}
     for entry, tensor in tensors.items():
         name, key = entry.rsplit("/", 1)
         parameter = by_name[name]
-        # A step count lives where the optimizer put it first; only moments have the parameter's shape and
-        # device.
+        # Only moments live with their parameter: the optimiser keeps its step count on the CPU.
         moved = tensor.to(parameter.device) if tensor.shape == parameter.shape else tensor
         optimizer.state[parameter][key] = moved.clone()
 

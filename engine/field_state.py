@@ -4,29 +4,47 @@ streams."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import load_optimizer_state, optimizer_state, prefixed, without_prefix
 from .config import FusionConfig
 from .nerf.background import Background
+from .nerf.encoding import EncodingName
 from .nerf.field import Field
 from .nerf.occupancy import OccupancyGrid
+from .nerf.volume import VolumeName, volume_backend
 from .random_streams import RandomStreams, stream_seed
 
 MODULES = ("field", "background", "occupancy")
 
 
+@dataclass(frozen=True)
+class Backends:
+    """Who computes the field's encoding and who marches and composites; the results agree up to rounding."""
+
+    encoding: EncodingName = "torch"
+    volume: VolumeName = "torch"
+
+
+OWN = Backends()
+"""This package's."""
+
+
 class FieldState:
     """A field being optimised. Same configuration, seed and device give the same state."""
 
-    def __init__(self, config: FusionConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, config: FusionConfig, seed: int, device: torch.device, backends: Backends = OWN
+    ) -> None:
         self.config = config
         self.device = device
+        self.volume = volume_backend(backends.volume)
         self.streams = RandomStreams(seed, device)
         initial = torch.Generator().manual_seed(stream_seed(seed, "initial weights"))
-        self.field = Field(config.field, generator=initial).to(device)
+        self.field = Field(config.field, encoding=backends.encoding, generator=initial).to(device)
         self.background = Background(generator=initial).to(device)
         self.occupancy = OccupancyGrid(config.render).to(device)
         self.restart_optimizer()
@@ -36,7 +54,7 @@ class FieldState:
         config = self.config
         named = [(f"field.{name}", parameter) for name, parameter in self.field.named_parameters()]
         named += [(f"background.{name}", parameter) for name, parameter in self.background.named_parameters()]
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
+        self._names: dict[nn.Parameter, str] = {parameter: name for name, parameter in named}
         groups = [
             {"params": list(self.field.grid.parameters()), "lr": config.lr_grid},
             {"params": list(self.field.density_mlp.parameters()), "lr": config.lr_density},

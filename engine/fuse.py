@@ -18,7 +18,7 @@ from .checkpoint import config_to_json, differences, read_tensors, write_tensors
 from .config import FusionConfig
 from .distill import Guidance, matched_colour, timestep_range
 from .errors import Cancelled, FusionError, InputError
-from .field_state import FieldState
+from .field_state import OWN, Backends, FieldState
 from .fused_field import CHECKPOINT_KIND, FusedField
 from .model import VIEWS, Cancel, Progress
 from .nerf.render import RenderOutput, render
@@ -48,7 +48,9 @@ class Hooks:
 class Fusion:
     """One fusion, from its first step or from a checkpoint. All randomness comes from ``seed``.
 
-    ``views`` provides the pictures that a configuration with a warm start fits first.
+    ``views`` provides the pictures that a configuration with a warm start fits first. Raises
+    :class:`InputError` if they are needed and missing, and ``MissingDependency`` for a backend that is not
+    installed.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Fusion:
         seed: int = 0,
         device: torch.device | str = "cpu",
         views: ViewSource | None = None,
+        backends: Backends = OWN,
     ) -> None:
         if config.warm_start is not None and views is None:
             raise InputError(f"preset {config.name} starts from fitted views; it needs a source of views")
@@ -67,7 +70,7 @@ class Fusion:
         self.seed = seed
         self.device = torch.device(device)
         self.views = views
-        self.state = FieldState(config, seed, self.device)
+        self.state = FieldState(config, seed, self.device, backends)
         self.warm: WarmStartFit | None = None
         self.phase = FUSE if config.warm_start is None else WARM
         self.done = 0
@@ -216,6 +219,7 @@ class Fusion:
             background_colour=None if colour is None else colour.to(self.device),
             jitter=streams["jitter"],
             config=config.render,
+            volume=state.volume,
             with_normals=config.lambda_orient.at(step) != 0.0,
         )
         latents = self.guidance.encode(out.rgb, streams["vae"])

@@ -201,6 +201,7 @@ class WarmStartFit:
             background_colour=self._background[chosen // self._pixels],
             jitter=state.streams["jitter"],
             config=state.config.render,
+            volume=state.volume,
         )
         mask_error = (out.opacity[:, 0] - self._coverage[chosen]).square()
         values = {

@@ -15,6 +15,7 @@ from imagedream_rt.engine.cameras import orbit_cameras
 from imagedream_rt.engine.checkpoint import config_from_json, config_to_json, read_tensors, write_tensors
 from imagedream_rt.engine.config import DRAFT, OFFICIAL, PRESETS, FieldConfig
 from imagedream_rt.engine.errors import Cancelled, FusionError, InputError
+from imagedream_rt.engine.field_state import Backends
 from imagedream_rt.engine.fuse import EMPTY_STEPS, Fusion, draw_background, draw_shading
 from imagedream_rt.engine.fused_field import FusedField
 from imagedream_rt.engine.random_streams import DEVICE, HOST, RandomStreams, stream_seed
@@ -167,6 +168,11 @@ def test_cancel_without_a_checkpoint_path_writes_nothing(tmp_path, monkeypatch):
 def test_warm_start_needs_views():
     with pytest.raises(InputError, match="preset draft starts from fitted views"):
         Fusion(DRAFT, StubGuidance())
+
+
+def test_backends_that_are_not_there_are_one_error():
+    with pytest.raises(InputError, match="'torch' or 'nerfacc'"):
+        Fusion(TINY, StubGuidance(), backends=Backends(volume="abacus"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)

@@ -44,7 +44,8 @@ def test_encode_is_a_posterior_sample_of_the_resized_render(model, guidance, res
     latents = guidance.encode(rgb, seeded(1))
     assert latents.shape == (4, 4, model.latent_px, model.latent_px)
     latents.square().sum().backward()
-    assert (rgb.grad != 0).float().mean() > 0.9
+    assert rgb.grad is not None
+    assert rgb.grad.count_nonzero() > 0.9 * rgb.numel()
     pictures = rgb.detach().permute(0, 3, 1, 2)
     if resolution != 64:
         pictures = F.interpolate(pictures, size=(64, 64), mode="bilinear", align_corners=False)

@@ -50,6 +50,7 @@ def test_orientation_by_hand_takes_gradient_through_normals_only():
     assert loss.item() == pytest.approx((0.5 * 1.0 + 1.0 * 0.36) / 2)
     loss.backward()
     assert weights.grad is None
+    assert normals.grad is not None
     torch.testing.assert_close(normals.grad[2], torch.tensor([0.6, 0.0, 0.0]))
 
 

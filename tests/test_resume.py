@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -156,4 +157,5 @@ def test_deterministic_mode_is_restored():
     fusion(guidance=StubGuidance(lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))).run()
     assert all(seen)
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    assert settings.fill_uninitialized_memory
