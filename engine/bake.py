@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 Albedo = Callable[[Tensor], Tensor]
 """points [N, 3] -> colour [N, 3] in [0, 1], sRGB as the pictures are."""
 
-DEPTHS = 16
+DEPTHS = 8
 """Samples along the inward normal of each vertex."""
 
 
@@ -57,9 +57,9 @@ def visible_points(
     """[N, 3]: for each vertex the point whose colour is seen there: the mean depth of a ray that enters
     along -normal.
 
-    The colour of a field is only learnt where rays end, which is a little below the level set, and by how
-    much depends on how sharp the field is there. The ray starts ``reach`` / 8 (world units) above the
-    vertex and ends ``reach`` below it; where it meets nothing, the vertex itself is taken.
+    The colour of a field is only learnt where rays end; a vertex that the grid or the decimation has left a
+    little outside would pick a colour that nobody has seen. The ray starts ``reach`` / 8 (world units) above
+    the vertex and ends ``reach`` below it; where it meets nothing, the vertex itself is taken.
     """
     depth = (torch.arange(DEPTHS, device=device) + 0.5) / DEPTHS * (1.125 * reach) - 0.125 * reach
     start, inward = (torch.tensor(part, dtype=torch.float32, device=device) for part in (vertices, -normals))

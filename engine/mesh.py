@@ -29,6 +29,8 @@ from .raster import silhouettes
 from .simplify import decimate, drop_small_parts, is_closed
 
 SILHOUETTE_PX = 96
+REACH = 1.5
+"""How far below the surface its colour is looked for, in cubes of the grid."""
 
 
 class Rendered(Protocol):
@@ -144,16 +146,15 @@ def extract_mesh(
     cut = unwrap(vertices, triangles, texture_px)
     step("bake")
     normals = np.asarray(trimesh.Trimesh(vertices, triangles, process=False).vertex_normals)
-    # Below the level set by at most two mean free paths there, but not through the object.
-    reach = float(np.clip(2.0 / threshold, 3.0 * volume.spacing, 10.0 * volume.spacing))
-    points = visible_points(fused.density, vertices, normals, reach, fused.device)
+    # About as far as marching cubes and decimation may have left the level set; deeper, colours mix at edges.
+    points = visible_points(fused.density, vertices, normals, REACH * volume.spacing, fused.device)
     texture = bake_albedo(
         fused.albedo,
         points[cut.source],
         cut,
         texture_px,
         fused.device,
-        is_matter=lambda points: fused.density(points) >= threshold,
+        is_matter=lambda points: fused.density(points) >= 0.5 * threshold,
     )
 
     seen = silhouettes(vertices, triangles, cameras, SILHOUETTE_PX)
