@@ -105,13 +105,16 @@ class Fusion:
         """Continue from a checkpoint. Raises :class:`InputError` if it belongs to another run, saying what
         differs."""
         tensors, header = read_tensors(Path(path), (CHECKPOINT_KIND,))
-        found = differences(header["run"], self._identity())
+        found = differences(header.get("run", {}), self._identity())
         if found:
             raise InputError(f"{path} cannot be resumed, it is of another run: {'; '.join(found)}")
-        self.state.load_tensors(tensors)
-        self.phase, self.done = header["phase"], header["done"]
-        if self.phase == WARM:
-            self.warm = WarmStartFit(self.state, tensors["views"].to(self.device))
+        try:
+            self.state.load_tensors(tensors)
+            self.phase, self.done = header["phase"], header["done"]
+            if self.phase == WARM:
+                self.warm = WarmStartFit(self.state, tensors["views"].to(self.device))
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{path} lacks what a checkpoint of this version holds: {error}") from error
         self._saved = f"{path} (step {self.done} of {self.phase})"
 
     def _identity(self) -> dict[str, Any]:
@@ -140,7 +143,15 @@ class Fusion:
     def _fit_views(self, hooks: Hooks, interrupted: Callable[[], bool]) -> None:
         if self.warm is None:
             assert self.views is not None
-            self.warm = WarmStartFit.begin(self.state, self.views, hooks.on_progress, hooks.cancel)
+            cancel = hooks.cancel or (lambda: False)
+            try:
+                self.warm = WarmStartFit.begin(
+                    self.state, self.views, hooks.on_progress, lambda: interrupted() or cancel()
+                )
+            except Cancelled:
+                if interrupted():
+                    raise KeyboardInterrupt from None
+                raise
         sampled = sampling_steps(self.warm.settings)
         self._loop(self.warm.steps, self.warm.advance, hooks, interrupted, sampled)
         self.state.restart_optimizer()
@@ -164,7 +175,9 @@ class Fusion:
             stop = hooks.cancel is not None and hooks.cancel()
             if stop or interrupted():
                 self._pause(hooks.checkpoint_path)
-                raise Cancelled(f"{self.phase} stopped at step {self.done}") if stop else KeyboardInterrupt
+                if not stop:
+                    raise KeyboardInterrupt
+                raise Cancelled(f"stopped at step {self.done} of {self.phase}; {self._last_good()}")
             out, values = advance(self.done)
             self._health.note(self.done, values["loss"], out.opacity)
             self.done += 1

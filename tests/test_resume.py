@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_fusion import TINY, TINY_WARM, StubGuidance, grey_views
 
+from imagedream_rt.engine.checkpoint import read_tensors, write_tensors
 from imagedream_rt.engine.conditioning import Conditioner
 from imagedream_rt.engine.config import FusionConfig
 from imagedream_rt.engine.distill import Guidance, MultiViewGuidance
@@ -42,7 +43,7 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path, stop):
     whole = fusion()
     whole.run()
     first = fusion()
-    with pytest.raises(Cancelled, match=f"step {stop}"):
+    with pytest.raises(Cancelled, match=f"step {stop} of fuse; the last good checkpoint is .*c.safetensors"):
         first.run(cancel=stop_after(stop), checkpoint_path=tmp_path / "c.safetensors")
     second = fusion()
     second.resume(tmp_path / "c.safetensors")
@@ -113,6 +114,26 @@ def test_second_interrupt_does_not_wait():
     with pytest.raises(KeyboardInterrupt):
         impatient.run()
     assert impatient.done == 0
+
+
+def test_interrupt_while_views_are_made():
+    def source(views, on_progress, cancel):
+        signal.raise_signal(signal.SIGINT)
+        assert cancel()
+        raise Cancelled("by the sampler")
+
+    with pytest.raises(KeyboardInterrupt):
+        Fusion(TINY_WARM, StubGuidance(), views=source).run()
+
+
+def test_checkpoint_that_lacks_tensors_is_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    fusion().run(checkpoint_path=path)
+    tensors, header = read_tensors(path, ("fusion checkpoint",))
+    del tensors["random.noise"]
+    write_tensors(path, tensors, header)
+    with pytest.raises(InputError, match="lacks what a checkpoint of this version holds: 'noise'"):
+        fusion().resume(path)
 
 
 def test_finished_checkpoint_resumes_to_the_end(tmp_path):
