@@ -25,6 +25,9 @@ from .perceptron import blocks
 PRIMES = (1, 2654435761, 805459861)
 """Multipliers of the spatial hash (Mueller et al. 2022, equation 4)."""
 
+BLOCK = 2**20
+"""Points looked up together: bounds the work space, to about 200 MB with two features."""
+
 
 @dataclass(frozen=True)
 class GridLevel:
@@ -104,7 +107,7 @@ class _HashEncode(torch.autograd.Function):
         for number, level in enumerate(levels):
             entries = columns[:, level.offset : level.offset + level.entries]
             entries = torch.cat((entries, entries[:, : _overhang(level)]), dim=1)
-            for block in blocks(n, x.device):
+            for block in blocks(n, BLOCK):
                 index, (fx, fy, fz) = _corners(x[:, block], level)
                 corner = entries.index_select(1, index).view(features, 2, 2, 2, -1)
                 a0, a1 = corner[..., 0, :], corner[..., 1, :]
@@ -136,7 +139,7 @@ class _HashEncode(torch.autograd.Function):
             own = slice(number * features, (number + 1) * features)
             overhang = _overhang(level)
             entries = x.new_zeros(features, level.entries + overhang)
-            for block in blocks(x.shape[1], x.device):
+            for block in blocks(x.shape[1], BLOCK):
                 index, (fx, fy, fz) = _corners(x[:, block], level)
                 g = fz.new_zeros(features, len(fz)) if grad_value is None else grad_value[own, block]
                 if grad_slope is None:

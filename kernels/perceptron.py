@@ -17,12 +17,16 @@ from torch.autograd.function import once_differentiable
 CPU_BLOCK = 2**13
 """Samples of one block on a CPU: its hidden layer of 64 floats per sample stays in the cache."""
 GPU_BLOCK = 2**21
+"""On a GPU blocks only bound the memory."""
 
 
-def blocks(count: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover ``count`` samples, of a size that suits the device."""
-    size = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """Slices of ``size`` samples that cover ``count``; the last may be shorter."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _size(x: Tensor) -> int:
+    return CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK
 
 
 class _Perceptron(torch.autograd.Function):
@@ -33,7 +37,7 @@ class _Perceptron(torch.autograd.Function):
         y = x.new_empty(outer.shape[0], x.shape[1])
         dy = torch.empty_like(x) if slope else None
         through = inner.t() * outer if slope else inner
-        for block in blocks(x.shape[1], x.device):
+        for block in blocks(x.shape[1], _size(x)):
             hidden = (inner @ x[:, block]).relu_()
             y[:, block] = outer @ hidden
             if dy is not None:
@@ -49,7 +53,7 @@ class _Perceptron(torch.autograd.Function):
         grad_x = torch.zeros_like(x) if grad_y is None else torch.empty_like(x)
         grad_inner, grad_outer = torch.zeros_like(inner), torch.zeros_like(outer)
         grad_through = torch.zeros_like(inner.t())
-        for block in blocks(x.shape[1], x.device):
+        for block in blocks(x.shape[1], _size(x)):
             hidden = (inner @ x[:, block]).relu_()
             if grad_y is not None:
                 grad_outer += grad_y[:, block] @ hidden.t()

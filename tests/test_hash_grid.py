@@ -9,7 +9,7 @@ import torch
 from nerf_references import FIELD, recorded, relative_error, slow_hash_encode
 
 from imagedream_rt.engine.config import HashGridConfig
-from imagedream_rt.kernels import hash_grid, perceptron
+from imagedream_rt.kernels import hash_grid
 from imagedream_rt.kernels.hash_grid import grid_levels, hash_encode, hash_encode_jacobian
 
 
@@ -124,7 +124,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return value, jacobian, gradient
 
     whole = everything()
-    monkeypatch.setattr(perceptron, "CPU_BLOCK", 5)
+    monkeypatch.setattr(hash_grid, "BLOCK", 5)
     for got, wanted in zip(everything(), whole, strict=True):
         torch.testing.assert_close(got, wanted)
 
