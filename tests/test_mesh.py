@@ -19,7 +19,7 @@ from analytic_field import (
     AnalyticField,
 )
 
-from imagedream_rt.engine.bake import unwrap
+from imagedream_rt.engine.bake import unwrap, visible_points
 from imagedream_rt.engine.errors import Cancelled, FusionError, InputError
 from imagedream_rt.engine.mesh import MeshResult, extract_mesh, to_gltf
 from imagedream_rt.engine.raster import cover
@@ -111,6 +111,7 @@ def test_soft_and_sharp_fields_match_their_renders_and_take_no_colour_from_outsi
     assert found.report.watertight
     texture = np.asarray(found.mesh.visual.material.baseColorTexture) / 255
     assert (np.abs(texture - np.array(UNSEEN)).max(-1) > 0.3).all()
+    assert (texture.max(-1) > 0.45).all()  # black, in gutters too, would shine through when minified
 
 
 def test_the_material_shows_the_texture_as_it_is(result: MeshResult) -> None:
@@ -127,6 +128,19 @@ def test_the_same_field_gives_the_same_mesh(result: MeshResult) -> None:
     np.testing.assert_array_equal(again.mesh.vertices, result.mesh.vertices)
     textures = [np.asarray(r.mesh.visual.material.baseColorTexture) for r in (again, result)]
     np.testing.assert_array_equal(*textures)
+
+
+def test_a_colour_is_looked_for_where_rays_end() -> None:
+    # Matter of density 100 where x < 0. A vertex outside, one on its surface, one far off; normals along x.
+    vertices = np.array([[0.02, 0.1, 0.0], [0.0, 0.2, 0.0], [0.9, 0.3, 0.0]])
+    normals = np.tile([1.0, 0.0, 0.0], (3, 1))
+    found = visible_points(
+        lambda points: 100.0 * (points[:, 0] < 0), vertices, normals, reach=0.08, device=torch.device("cpu")
+    )
+    np.testing.assert_allclose(found[:, 1:], vertices[:, 1:], atol=1e-6)
+    # Light ends at a mean depth of 1 / 100, if nearly all of it ends within reach.
+    np.testing.assert_allclose(found[:2, 0], -0.01, atol=0.006)
+    assert found[2, 0] == pytest.approx(0.9)
 
 
 def test_charts_do_not_overlap_and_keep_a_gutter() -> None:
