@@ -24,6 +24,8 @@ class OptionalPackage:
     """What it does here; None while nothing in this version uses it."""
     without: str
     """What its absence costs, in one phrase."""
+    on_request: bool = False
+    """Used only where the caller asks for it by name."""
 
 
 _UNUSED = "nothing: no part of this version uses it"
@@ -60,9 +62,30 @@ PACKAGES: tuple[OptionalPackage, ...] = (
     OptionalPackage(
         "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "rembg", "rembg's networks", "rembg cannot run"
     ),
-    OptionalPackage("xformers", ("xformers",), "xformers", None, _UNUSED),
-    OptionalPackage("nerfacc", ("nerfacc",), "nerfacc", None, _UNUSED),
-    OptionalPackage("tinycudann", ("tinycudann",), None, None, _UNUSED),
+    OptionalPackage(
+        "xformers",
+        ("xformers",),
+        "xformers",
+        "another self-attention: --attention xformers",
+        "nothing: PyTorch's own attention serves",
+        on_request=True,
+    ),
+    OptionalPackage(
+        "nerfacc",
+        ("nerfacc",),
+        "nerfacc",
+        "another ray marching and compositing: --volume nerfacc",
+        "nothing: this package's own serves",
+        on_request=True,
+    ),
+    OptionalPackage(
+        "tinycudann",
+        ("tinycudann",),
+        None,
+        "another hash grid: --encoding tinycudann",
+        "nothing: this package's own serves",
+        on_request=True,
+    ),
     OptionalPackage("triton", ("triton", "triton-windows", "pytorch-triton"), None, None, _UNUSED),
     OptionalPackage("cupy", ("cupy-cuda12x", "cupy-cuda13x", "cupy"), None, None, _UNUSED),
     OptionalPackage("onnx", ("onnx",), None, None, _UNUSED),

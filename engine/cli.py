@@ -90,6 +90,9 @@ def generate(
     guidance_scale: opt.GuidanceScale = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
+    attention: opt.Attention = "torch",
+    encoding: opt.Encoding = "torch",
+    volume: opt.Volume = "torch",
     keep_background: opt.KeepBackground = False,
     faces: opt.Faces = 20_000,
     texture_px: opt.TexturePx = 1024,
@@ -102,7 +105,7 @@ def generate(
     with work(debug) as on_progress:
         fusion_config(None, preset, steps, guidance_scale)
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype)
+        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume)
         with resumable(output, checkpoint, resume) as state:
             asset = pipe.generate(
                 prepared,
@@ -136,6 +139,7 @@ def views(
     elevation_deg: Annotated[float, typer.Option("--elevation-deg", help="Height of the cameras.")] = 0.0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
+    attention: opt.Attention = "torch",
     keep_background: opt.KeepBackground = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -143,7 +147,7 @@ def views(
     """Four views of the object (front, 90, 180, 270 degrees), to choose a seed before a fusion."""
     with work(debug) as on_progress:
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype)
+        pipe = load_pipeline(model, controller, device, dtype, attention)
         result = pipe.views(
             prepared,
             prompt,
@@ -173,6 +177,9 @@ def fuse(
     guidance_scale: opt.GuidanceScale = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
+    attention: opt.Attention = "torch",
+    encoding: opt.Encoding = "torch",
+    volume: opt.Volume = "torch",
     keep_background: opt.KeepBackground = False,
     checkpoint: opt.Checkpoint = None,
     resume: opt.Resume = False,
@@ -183,7 +190,7 @@ def fuse(
     with work(debug) as on_progress:
         fusion_config(None, preset, steps, guidance_scale)
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype)
+        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume)
         with resumable(output, checkpoint, resume) as state:
             fused = pipe.fuse(
                 prepared,
@@ -214,7 +221,7 @@ def mesh(
     """A textured mesh from a saved NeRF: turntable.mp4, asset.glb and metadata.json."""
     with work(debug) as on_progress:
         from .files import check_writable_folder
-        from .pipeline import load_fused, make_asset
+        from .results import load_fused, make_asset
 
         single = output.suffix.lower() in MESH_SUFFIXES
         check_writable_folder(output.parent if single else output)

@@ -13,8 +13,11 @@ from .cli_output import Stages, only_our_words
 from .errors import Cancelled, InputError
 
 if TYPE_CHECKING:
+    from ..kernels.attention import AttentionBackend
     from .config import FusionConfig
     from .model import Controller
+    from .nerf.encoding import EncodingName
+    from .nerf.volume import VolumeName
     from .picture import PreparedPicture
     from .pipeline import ImageTo3D
 
@@ -43,7 +46,15 @@ def prepared_picture(picture: Path | None, keep_background: bool, output: Path) 
     return prepared
 
 
-def load_pipeline(model: str, controller: str | None, device: str, dtype: str | None) -> ImageTo3D:
+def load_pipeline(
+    model: str,
+    controller: str | None,
+    device: str,
+    dtype: str | None,
+    attention: str,
+    encoding: str = "torch",
+    volume: str = "torch",
+) -> ImageTo3D:
     import torch
 
     from .pipeline import ImageTo3D
@@ -51,9 +62,15 @@ def load_pipeline(model: str, controller: str | None, device: str, dtype: str | 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype is not None and dtype not in dtypes:
         raise InputError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(dtypes)}")
-    # An unknown controller is refused by the loader, which lists those there are.
+    # Unknown names of controllers and backends are refused in there, each with those there are.
     return ImageTo3D.from_pretrained(
-        model, device, dtypes[dtype] if dtype else None, cast("Controller | None", controller)
+        model,
+        device,
+        dtypes[dtype] if dtype else None,
+        cast("Controller | None", controller),
+        attention=cast("AttentionBackend", attention),
+        encoding=cast("EncodingName", encoding),
+        volume=cast("VolumeName", volume),
     )
 
 

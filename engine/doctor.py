@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from . import _optional
 
-State = Literal["active", "missing", "unused"]
+State = Literal["active", "on request", "missing", "unused"]
 
 _VERSIONED = (
     "numpy",
@@ -29,13 +29,13 @@ _VERSIONED = (
 
 @dataclass(frozen=True)
 class PackageReport:
-    """One optional package: ``active``, ``missing``, or ``unused`` (installed, but no part here uses it)."""
+    """One optional package. ``unused``: installed, but no part of this version uses it."""
 
     package: str
     state: State
     version: str | None
     says: str
-    """What it is used for when it is active; else what its absence costs, or that nothing is lost."""
+    """What it is used for where it is installed; else what its absence costs."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +99,17 @@ def packages() -> list[PackageReport]:
     """Every optional package with its state; none of them is imported."""
     reports = []
     for package in _optional.PACKAGES:
-        found = _optional.installed(package.module)
-        if not found:
-            hint = (
-                f'; pip install "{_optional.PROJECT}[{package.extra}]"'
-                if package.extra and package.gives
-                else ""
-            )
-            reports.append(PackageReport(package.module, "missing", None, package.without + hint))
+        version = _optional.version(*package.distributions)
+        state: State
+        if not _optional.installed(package.module):
+            useful = package.extra is not None and package.gives is not None
+            hint = f'; pip install "{_optional.PROJECT}[{package.extra}]"' if useful else ""
+            state, version, says = "missing", None, package.without + hint
+        elif package.gives is None:
+            state, says = "unused", "installed, but no part of this version uses it"
         else:
-            state: State = "active" if package.gives else "unused"
-            says = package.gives or "installed, but no part of this version uses it"
-            reports.append(
-                PackageReport(package.module, state, _optional.version(*package.distributions), says)
-            )
+            state, says = "on request" if package.on_request else "active", package.gives
+        reports.append(PackageReport(package.module, state, version, says))
     return reports
 
 

@@ -96,6 +96,17 @@ class MeshResult:
     report: MeshReport
 
 
+def check_mesh_settings(faces: int, texture_px: int, resolution: int = 128) -> None:
+    """Raise :class:`InputError` for settings that :func:`extract_mesh` refuses; asked before long work."""
+    for name, value, low, high in (
+        ("faces", faces, 100, 10_000_000),
+        ("texture_px", texture_px, 16, 16_384),
+        ("resolution", resolution, 16, 1024),
+    ):
+        if not low <= value <= high:
+            raise InputError(f"mesh setting {name} is {value}; it must be between {low} and {high}")
+
+
 @torch.no_grad()
 def extract_mesh(
     fused: DensityField,
@@ -117,14 +128,7 @@ def extract_mesh(
     Raises :class:`InputError` for settings out of range, :class:`FusionError` for a NeRF without a surface,
     and :class:`Cancelled`.
     """
-    for name, value, low, high in (
-        ("faces", faces, 100, 10_000_000),
-        ("texture_px", texture_px, 16, 16_384),
-        ("resolution", resolution, 16, 1024),
-    ):
-        if not low <= value <= high:
-            raise InputError(f"mesh setting {name} is {value}; it must be between {low} and {high}")
-
+    check_mesh_settings(faces, texture_px, resolution)
     stages = ("opacity", "volume", "surface", "unwrap", "bake")
 
     def step(name: str) -> None:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from .asset import Asset, write_views_png
-from .cameras import official_views, orbit_cameras
+from ..kernels.attention import AttentionBackend
+from .asset import Asset
+from .cameras import official_views
 from .checkpoint import config_to_json
 from .conditioning import Conditioner
-from .config import FusionConfig
+from .config import FusionConfig, HashGridConfig
 from .config import preset as preset_named
 from .distill import MultiViewGuidance
 from .errors import InputError
-from .files import staged, write_json
+from .field_state import Backends
 from .fuse import Fusion
-from .fused_field import FusedField
-from .mesh import extract_mesh
+from .mesh import check_mesh_settings
 from .model import Cancel, Controller, MultiViewModel, Progress
+from .nerf.encoding import EncodingName, hash_grid
+from .nerf.volume import VolumeName, volume_backend
 from .picture import PreparedPicture, Source, composite, prepare
 from .record import Record
+from .results import Fused, Views, make_asset
 from .sampler import decode_views, sample_views
 from .warm_start import DiffusedViews
-from .weights import _device, load_model
+from .weights import load_model
 
 NEGATIVE_PROMPT_VIEWS = (
     "uniform low no texture ugly, boring, bad anatomy, blurry, pixelated,  obscure, unnatural colors, "
@@ -44,55 +44,6 @@ NEGATIVE_PROMPT_FUSION = (
 
 PROMPT_SUFFIX = ", 3d asset"
 """The released demo appends it to the prompt of the views; the released fusion does not."""
-
-PREVIEW_PX = 256
-
-
-@dataclass(frozen=True)
-class Views:
-    """Four views of an object."""
-
-    images: np.ndarray
-    """uint8 [4, H, W, 3], at azimuth 0 (front), 90, 180 and 270 degrees."""
-    prompt: np.ndarray | None
-    """uint8 [H, W, 3]: the prepared picture over the grey that the model saw; None without a picture."""
-    metadata: dict[str, Any] = field(repr=False)
-
-    def save(self, path: str | Path) -> None:
-        """Write the prompt and the views side by side as PNG. Raises :class:`InputError` if it cannot."""
-        write_views_png(path, self.prompt, self.images)
-
-    def save_all(self, folder: str | Path) -> list[Path]:
-        """Write ``views.png`` and ``metadata.json``; returns their paths. Both or none."""
-        names = ("views.png", "metadata.json")
-        with staged(folder) as stage:
-            self.save(stage / names[0])
-            write_json(stage / names[1], self.metadata)
-        return [Path(folder) / name for name in names]
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A fused NeRF and the record of how it came about."""
-
-    nerf: FusedField
-    metadata: dict[str, Any] = field(repr=False)
-
-    def save_all(self, folder: str | Path) -> list[Path]:
-        """Write ``nerf.safetensors``, ``preview.png`` (its four sides) and ``metadata.json``.
-
-        Returns their paths. All of them are there or, if one fails, none. Raises :class:`InputError` for a
-        place that cannot be written to.
-        """
-        names = ("nerf.safetensors", "preview.png", "metadata.json")
-        # The camera of the asset's turntable.
-        cameras = orbit_cameras([0.0, 90.0, 180.0, 270.0], 10.0, 40.0, 2.0)
-        sides = self.nerf.render(cameras, PREVIEW_PX).rgb.clamp(0.0, 1.0)
-        with staged(folder) as stage:
-            self.nerf.save(stage / names[0])
-            write_views_png(stage / names[1], None, (sides * 255).round().byte().cpu().numpy())
-            write_json(stage / names[2], self.metadata)
-        return [Path(folder) / name for name in names]
 
 
 @dataclass(frozen=True)
@@ -122,8 +73,25 @@ class ImageTo3D:
     ``cancel`` said so.
     """
 
-    def __init__(self, model: MultiViewModel) -> None:
+    def __init__(
+        self,
+        model: MultiViewModel,
+        *,
+        attention: AttentionBackend = "torch",
+        encoding: EncodingName = "torch",
+        volume: VolumeName = "torch",
+    ) -> None:
+        """``attention`` may be ``xformers``, ``encoding`` ``tinycudann`` and ``volume`` ``nerfacc``.
+
+        Raises :class:`MissingDependency` for a backend that is not installed.
+        """
+        model.unet.use_attention_backend(attention)
+        # Built and dropped: what cannot be used is found now, not after the views.
+        hash_grid(encoding, HashGridConfig(levels=1, log2_table=4, base_resolution=2))
+        volume_backend(volume)
         self.model = model
+        self.attention = attention
+        self.backends = Backends(encoding, volume)
 
     @classmethod
     def from_pretrained(
@@ -132,9 +100,14 @@ class ImageTo3D:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         controller: Controller | None = None,
+        *,
+        attention: AttentionBackend = "torch",
+        encoding: EncodingName = "torch",
+        volume: VolumeName = "torch",
     ) -> ImageTo3D:
-        """Load a checkpoint; arguments and errors are those of :func:`~.weights.load_model`."""
-        return cls(load_model(model, device=device, dtype=dtype, controller=controller))
+        """Load a checkpoint (see :func:`~.weights.load_model`) and choose who computes what."""
+        loaded = load_model(model, device=device, dtype=dtype, controller=controller)
+        return cls(loaded, attention=attention, encoding=encoding, volume=volume)
 
     @property
     def default_preset(self) -> str:
@@ -217,6 +190,7 @@ class ImageTo3D:
         Arguments are those of :meth:`views`, :meth:`fuse` and :func:`~.mesh.extract_mesh`.
         """
         config = self._config(preset)
+        check_mesh_settings(faces, texture_px)
         job = self._begin(image, prompt, negative_prompt, seed, keep_background, on_progress, cancel)
         views = self._views(job, view_steps, config.guidance_scale)
         fused = self._fuse(job, config, checkpoint, resume)
@@ -237,15 +211,18 @@ class ImageTo3D:
         on_progress: Progress | None,
         cancel: Cancel | None,
     ) -> _Job:
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed}; it must lie in [0, 2^63)")
         if self.model.card.controller == "none" and not prompt.strip():
             raise InputError(f"{self.model.card.name} is conditioned on text alone, and the prompt is empty")
         record = Record(self.model.device)
         record.metadata |= {"seed": seed, "prompt": prompt}
         record.note_model(self.model)
-        with record.timed("prepare"):
-            if image is None or isinstance(image, PreparedPicture):
-                picture = image
-            else:
+        record.metadata["backends"] = {"attention": self.attention, **asdict(self.backends)}
+        if image is None or isinstance(image, PreparedPicture):
+            picture = image
+        else:
+            with record.timed("prepare"):
                 picture = prepare(image, keep_background=keep_background)
         record.note_picture(picture)
         if on_progress is not None:
@@ -311,6 +288,7 @@ class ImageTo3D:
                 seed=job.seed,
                 device=self.model.device,
                 views=DiffusedViews(self.model, conditioner, config, job.seed) if config.warm_start else None,
+                backends=self.backends,
             )
             if resume:
                 if checkpoint is None:
@@ -318,44 +296,3 @@ class ImageTo3D:
                 fusion.resume(checkpoint)
             nerf = fusion.run(on_progress=job.on_progress, cancel=job.cancel, checkpoint_path=checkpoint)
         return Fused(nerf, job.record.metadata)
-
-
-def make_asset(
-    fused: Fused,
-    *,
-    views: Views | None = None,
-    faces: int = 20_000,
-    texture_px: int = 1024,
-    on_progress: Progress | None = None,
-    cancel: Cancel | None = None,
-) -> Asset:
-    """The textured mesh of a fused NeRF; errors are those of :func:`~.mesh.extract_mesh`."""
-    record = Record(fused.nerf.device, fused.metadata)
-    with record.timed("mesh"):
-        result = extract_mesh(
-            fused.nerf, faces=faces, texture_px=texture_px, on_progress=on_progress, cancel=cancel
-        )
-    return Asset(
-        result.mesh,
-        result.report,
-        fused.nerf,
-        record.metadata,
-        views=None if views is None else views.images,
-        prompt=None if views is None else views.prompt,
-    )
-
-
-def load_fused(path: str | Path, device: str = "auto") -> Fused:
-    """A NeRF that :meth:`Fused.save_all` or a fusion's checkpoint holds, ready for :func:`make_asset`.
-
-    Its record is taken from the ``metadata.json`` beside it if that describes the same fusion. Raises
-    :class:`InputError` for a file that is missing, damaged or something else.
-    """
-    nerf = FusedField.load(path, _device(device))
-    config = config_to_json(nerf.config)
-    try:
-        beside = json.loads(Path(path).with_name("metadata.json").read_text(encoding="utf-8"))
-        same = config.items() <= beside["fusion"].items()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        same = False
-    return Fused(nerf, beside if same else {"fusion": config})

@@ -78,7 +78,7 @@ def load_model(
         InputError: the model does not exist, cannot be read or trusted, lacks tensors or has others, holds
             NaN, or contradicts ``controller``; or the device or dtype cannot be used.
     """
-    target = _device(device)
+    target = pick_device(device)
     kind = _dtype(dtype, target)
     opened = open_model(str(model), controller)
     # Hashing reads the file as copying does, and lets other threads run.
@@ -158,7 +158,8 @@ def _sha256(path: Path | None) -> str:
     return "" if path is None else sha256_of(path)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
+    """``auto`` is CUDA where there is a GPU, else the CPU. Raises :class:`InputError` for one not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Also before pytest visits the checkout's own __init__.py: in a checkout that is named imagedream_rt it would
-# otherwise be imported under that name, in place of the installed package.
 import pytest
 import torch
+from command_line import SECONDS, CommandLine, save_object_picture
 
+# Before pytest visits the checkout's own __init__.py: in a checkout that is named imagedream_rt it would
+# otherwise be imported under that name, in place of the installed package.
 import imagedream_rt
+from imagedream_rt.engine.asset import Asset
+from imagedream_rt.engine.config import PRESETS
 
 
 def pytest_report_header() -> list[str]:
@@ -29,3 +33,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """The command line, with a preset ``seconds`` and a turntable that are over at once."""
+    monkeypatch.setitem(PRESETS, SECONDS.name, SECONDS)
+    film, short = Asset.turntable, {"seconds": 0.125, "resolution": 32}
+    monkeypatch.setattr(
+        Asset, "turntable", lambda self, path, **given: film(self, path, **{**given, **short})
+    )
+    monkeypatch.delenv("IMAGEDREAM_RT_DEBUG", raising=False)
+    return CommandLine(capsys)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A PNG of a simple object before nothing."""
+    return save_object_picture(tmp_path)
