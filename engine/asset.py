@@ -73,16 +73,19 @@ class Asset:
         *,
         seconds: float = 2.0,
         fps: int = 24,
-        resolution: int = 256,
+        resolution: int | None = None,
         elevation_deg: float = 10.0,
         on_progress: Progress | None = None,
     ) -> None:
         """One turn around the NeRF over white, from the front, as an H.264 film for any player (``.mp4``).
 
-        ``round(seconds * fps)`` frames of ``resolution`` pixels square, rounded up to an even number. Raises
-        :class:`InputError`.
+        ``round(seconds * fps)`` frames of ``resolution`` pixels square, rounded up to an even number; by
+        default 256, or 160 where the NeRF is on a CPU. Raises :class:`InputError`.
         """
         path, frames = Path(path), round(seconds * fps)
+        if resolution is None:
+            # A frame of 256 pixels takes a CPU core about a second.
+            resolution = 160 if self.fused.device.type == "cpu" else 256
         if path.suffix.lower() != ".mp4":
             raise InputError(f"film {path}: its suffix must be .mp4")
         if frames < 1 or fps < 1 or resolution < 16:
@@ -105,7 +108,7 @@ class Asset:
         folder: str | Path,
         *,
         turntable_seconds: float = 2.0,
-        turntable_px: int = 256,
+        turntable_px: int | None = None,
         on_progress: Progress | None = None,
     ) -> list[Path]:
         """Write ``views.png`` (where there are views), ``turntable.mp4``, ``asset.glb`` and
@@ -161,24 +164,22 @@ def _write_glb(mesh: trimesh.Trimesh, path: Path) -> None:
         for texture in tree["textures"]:
             texture["sampler"] = 0
 
-    path.write_bytes(mesh.export(file_type="glb", include_normals=True, tree_postprocessor=clamp))
+    path.write_bytes(_exported(mesh, file_type="glb", include_normals=True, tree_postprocessor=clamp))
 
 
 def _write_obj(mesh: trimesh.Trimesh, path: Path) -> None:
-    # In MTL files a blank ends a name. The texture's name keeps clear of a picture that the asset was
-    # made of.
-    # Kd multiplies the texture, so it must be white.
+    # In MTL files a blank ends a name. The texture must not overwrite the picture that the asset was made of.
     name = re.sub(r"\s+", "_", path.stem)
-    white, black = [255, 255, 255, 255], [0, 0, 0, 255]
-    material = SimpleMaterial(
-        mesh.visual.material.baseColorTexture,
-        diffuse=white,
-        ambient=white,
-        specular=black,
-        name=f"{name}_albedo",
+    uv, texture = _texture(mesh)
+    white, black = [255, 255, 255, 255], [0, 0, 0, 255]  # the diffuse colour multiplies the texture
+    material = SimpleMaterial(texture, diffuse=white, ambient=white, specular=black, name=f"{name}_albedo")
+    plain = trimesh.Trimesh(
+        mesh.vertices,
+        mesh.faces,
+        vertex_normals=mesh.vertex_normals,
+        visual=trimesh.visual.TextureVisuals(uv=uv, material=material),
+        process=False,
     )
-    plain = mesh.copy()
-    plain.visual = trimesh.visual.TextureVisuals(uv=mesh.visual.uv, material=material)
     text, beside = trimesh.exchange.obj.export_obj(
         plain, include_normals=True, return_texture=True, mtl_name=f"{name}.mtl", header=None
     )
@@ -188,10 +189,10 @@ def _write_obj(mesh: trimesh.Trimesh, path: Path) -> None:
 
 
 def _write_ply(mesh: trimesh.Trimesh, path: Path) -> None:
-    colours = mesh.visual.material.baseColorTexture.getchannel
-    texture = np.stack([np.asarray(colours(channel)) for channel in "RGB"], axis=-1)
+    uv, picture = _texture(mesh)
+    texture = np.asarray(picture)
     size = np.array(texture.shape[1::-1])
-    column, row = np.clip(mesh.visual.uv * [1, -1] * size + [0, size[1]], 0, size - 1).astype(int).T
+    column, row = np.clip(uv * [1, -1] * size + [0, size[1]], 0, size - 1).astype(int).T
     positions, first, copy_of = np.unique(mesh.vertices, axis=0, return_index=True, return_inverse=True)
     count = np.bincount(copy_of)[:, None]
     summed = np.zeros((len(positions), 3))
@@ -203,7 +204,18 @@ def _write_ply(mesh: trimesh.Trimesh, path: Path) -> None:
         vertex_colors=np.rint(summed / count).astype(np.uint8),
         process=False,
     )
-    path.write_bytes(plain.export(file_type="ply", vertex_normal=True))
+    path.write_bytes(_exported(plain, file_type="ply", vertex_normal=True))
+
+
+def _texture(mesh: trimesh.Trimesh) -> tuple[NDArray[np.float64], Image.Image]:
+    visual: Any = mesh.visual
+    return visual.uv, visual.material.baseColorTexture
+
+
+def _exported(mesh: trimesh.Trimesh, **settings: Any) -> bytes:
+    data = mesh.export(**settings)
+    assert isinstance(data, bytes)
+    return data
 
 
 _WRITERS: dict[str, Callable[[trimesh.Trimesh, Path], None]] = {

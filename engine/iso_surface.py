@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -214,7 +215,8 @@ def _marching_cubes_gpu(
         warp.config.log_level = warp.LOG_WARNING  # its greeting goes to stdout, where --json writes
         from warp.geometry import IsoSurfaceMarchingCubes
 
-        vertices, indices = IsoSurfaceMarchingCubes.extract(warp.from_torch(values.contiguous()), threshold)
+        field: Any = warp.from_torch(values.contiguous())
+        vertices, indices = IsoSurfaceMarchingCubes.extract(field, threshold)
         return vertices.numpy().astype(np.float64), indices.numpy().reshape(-1, 3).astype(np.int64)
     # An older Warp, no compiler, a driver too old, an unwritable kernel cache: all have the same cure.
     except Exception as error:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from imagedream_rt.engine.errors import Cancelled, FusionError, InputError
 from imagedream_rt.engine.mesh import MeshResult, extract_mesh, to_gltf
 from imagedream_rt.engine.raster import cover
 
-SETTINGS = {"faces": 3000, "texture_px": 256, "resolution": 64}
+SETTINGS: dict[str, Any] = {"faces": 3000, "texture_px": 256, "resolution": 64}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,18 @@ def world_points(mesh: trimesh.Trimesh) -> torch.Tensor:
     return torch.tensor(np.stack([x, -z, y], 1), dtype=torch.float32)
 
 
+def texture_of(mesh: trimesh.Trimesh) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return np.asarray(cast(Any, mesh.visual).material.baseColorTexture)
+
+
 def colours_where(mesh: trimesh.Trimesh, side: tuple[float, float, float]) -> np.ndarray:
     """Texture at the middles of the triangles of the box (not the ball) that face ``side``."""
     middles = mesh.vertices[mesh.faces].mean(1)
     chosen = (mesh.face_normals @ np.array(side) > 0.99) & (middles[:, 1] < 0.9 * BOX_HALF[2])
     assert chosen.sum() > 5
-    texture = np.asarray(mesh.visual.material.baseColorTexture)
-    uv = mesh.visual.uv[mesh.faces[chosen]].mean(1)
+    texture = texture_of(mesh)
+    uv = cast(Any, mesh.visual).uv[mesh.faces[chosen]].mean(1)
     size = len(texture)
     return texture[((1 - uv[:, 1]) * size).astype(int), (uv[:, 0] * size).astype(int)] / 255
 
@@ -109,13 +114,13 @@ def test_soft_and_sharp_fields_match_their_renders_and_take_no_colour_from_outsi
     found = extract_mesh(field, **SETTINGS)
     assert found.report.silhouette_iou > 0.93
     assert found.report.watertight
-    texture = np.asarray(found.mesh.visual.material.baseColorTexture) / 255
+    texture = texture_of(found.mesh) / 255
     assert (np.abs(texture - np.array(UNSEEN)).max(-1) > 0.3).all()
     assert (texture.max(-1) > 0.45).all()  # black, in gutters too, would shine through when minified
 
 
 def test_the_material_shows_the_texture_as_it_is(result: MeshResult) -> None:
-    material = result.mesh.visual.material
+    material = cast(Any, result.mesh.visual).material
     assert material.baseColorTexture.size == (256, 256)
     assert material.baseColorTexture.mode == "RGB"
     assert (material.roughnessFactor, material.metallicFactor) == (1.0, 0.0)
@@ -126,8 +131,7 @@ def test_the_same_field_gives_the_same_mesh(result: MeshResult) -> None:
     again = extract_mesh(AnalyticField(speck=True, hollow=True), **SETTINGS)
     assert again.report == result.report
     np.testing.assert_array_equal(again.mesh.vertices, result.mesh.vertices)
-    textures = [np.asarray(r.mesh.visual.material.baseColorTexture) for r in (again, result)]
-    np.testing.assert_array_equal(*textures)
+    np.testing.assert_array_equal(texture_of(again.mesh), texture_of(result.mesh))
 
 
 def test_a_colour_is_looked_for_where_rays_end() -> None:
@@ -185,7 +189,7 @@ def test_progress_is_told_and_cancel_is_asked() -> None:
     told: list[tuple[str, int, int]] = []
     with pytest.raises(Cancelled):
         extract_mesh(
-            replace(AnalyticField()),
+            AnalyticField(),
             **SETTINGS,
             on_progress=lambda *news: told.append(news),
             cancel=lambda: len(told) == 3,
