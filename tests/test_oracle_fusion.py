@@ -47,6 +47,15 @@ def score(fused: FusedField) -> tuple[float, float]:
     return psnr.mean().item(), iou.mean().item()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Fields this small gain little from threads, and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 def test_distillation_from_an_oracle_converges_to_the_scene():
     psnr, iou = score(Fusion(ORACLE, OracleGuidance(ORACLE, RESOLUTION), seed=0).run())
