@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -101,11 +101,11 @@ def print_files(files: dict[Path, str]) -> None:
         print(f"{path!s:<{width}}  {what}")
 
 
-def print_table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+def print_table(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     """An aligned table on stdout."""
-    table = Table(title=title, title_justify="left", show_header=bool(header), box=None, pad_edge=False)
-    for index in range(len(rows[0]) if rows else len(header)):
-        table.add_column(header[index] if header else "", overflow="fold")
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for _ in rows[0]:
+        table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
     # Without a terminal there is no width to fit into.
