@@ -12,12 +12,14 @@ from torch.nn import functional
 
 from ..vae import LatentCodec
 from .dataset import GroupSampler, signed
+from .graphed import GraphedStep
 
-KL_WEIGHT = 2e-6
+KL_WEIGHT = 2e-7
 LEARNING_RATE = 1e-3
 EDGE_WEIGHT = 0.5
 POOL = 16_384
-REFRESH_EVERY = 10
+"""Pictures kept; on the CPU, for trials, a single chunk."""
+REFRESH_EVERY = 50
 
 
 class Averages:
@@ -46,11 +48,13 @@ def codec_loss(codec: LatentCodec, pictures: Tensor) -> Tensor:
 
 
 def blurred(pictures: Tensor) -> Tensor:
-    """A third of the batch as the fusion's early stages show it: rendered small and magnified."""
-    count = len(pictures) // 3
-    small = functional.avg_pool2d(pictures[:count], 4 if torch.rand(()) < 0.5 else 2)
-    large = functional.interpolate(small, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
-    return torch.cat((large, pictures[count:]))
+    """A quarter of the batch as the fusion's early stages show it: rendered small and magnified."""
+    count = len(pictures) // 8
+    parts = [pictures[2 * count :]]
+    for index, factor in enumerate((2, 4)):
+        small = functional.avg_pool2d(pictures[index * count : (index + 1) * count], factor)
+        parts.append(functional.interpolate(small, scale_factor=factor, mode="bilinear", align_corners=False))
+    return torch.cat(parts)
 
 
 def train_codec(
@@ -62,26 +66,38 @@ def train_codec(
     if cuda:
         codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     averages = Averages(codec, 0.999)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda)
-    start, step = time.monotonic(), 0
-    pool = torch.cat([_pictures(groups) for _ in range(8)])
-    while (used := (time.monotonic() - start) / seconds) < 1:
-        if step % REFRESH_EVERY == 0:
-            pool = torch.cat((pool, _pictures(groups)))[-POOL:]
+    rate, losses = torch.zeros((), device=device), torch.zeros((), device=device)
+    optimizer = torch.optim.AdamW(
+        codec.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda, capturable=cuda
+    )
+    start, count = time.monotonic(), 0
+    fresh = _pictures(groups)
+    size = POOL // len(fresh) * len(fresh) if cuda else len(fresh)
+    pool = torch.cat([fresh, *(_pictures(groups) for _ in range(size // len(fresh) - 1))])
+
+    def step() -> None:
         rows = torch.randint(len(pool), (batch,), device=device)
         pictures = blurred(signed(pool[rows]))
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 200) * max(0.02, 1 - used)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
             loss = codec_loss(codec, pictures)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
         optimizer.step()
-        averages.update(codec, step)
-        if step % 200 == 0:
-            report(f"codec step {step} loss {loss.item():.4f}", used)
-        step += 1
+        losses.add_(loss.detach())
+
+    graphed = GraphedStep(step, device)
+    while (used := (time.monotonic() - start) / seconds) < 1:
+        if count % REFRESH_EVERY == REFRESH_EVERY - 1:
+            at = (count // REFRESH_EVERY * len(fresh)) % size
+            pool[at : at + len(fresh)] = _pictures(groups)
+        rate.fill_(LEARNING_RATE * min(1.0, (count + 1) / 200) * max(0.02, 1 - used))
+        graphed()
+        averages.update(codec, count)
+        count += 1
+        if count % 100 == 0:
+            report(f"codec step {count} loss {losses.item() / 100:.4f}", used)
+            losses.zero_()
     trained = averages.module
     assert isinstance(trained, LatentCodec)
     _set_scale(trained, signed(_pictures(groups)))

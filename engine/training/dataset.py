@@ -59,21 +59,36 @@ class GroupSampler:
         self.px, self.device, self.generator = picture_px, device, generator
         self.max_seed, self.chunk = max_seed, chunk
         self._render = torch.compile(render, dynamic=False) if device.type == "cuda" else render
+        self._stock: list[Objects] = []
 
     def _uniform(self, n: int, low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, generator=self.generator, device=self.device)
 
+    def _objects(self) -> Objects:
+        if not self._stock:
+            # making an object is many tiny operations whatever the batch, so make many at once
+            count = self.chunk * (32 if self.device.type == "cuda" else 1)
+            seeds = torch.randint(self.max_seed, (count,), generator=self.generator, device=self.device)
+            made = make_objects(seeds)
+            self._stock = [made[i : i + self.chunk] for i in range(0, count, self.chunk)]
+        return self._stock.pop()
+
     @torch.no_grad()
     def sample(self) -> Groups:
         """``chunk`` groups of fresh objects."""
-        n = self.chunk
-        seeds = torch.randint(self.max_seed, (n,), generator=self.generator, device=self.device)
-        objects = make_objects(seeds)
-        background = self._backgrounds(n)
+        n, objects = self.chunk, self._objects()
         c2w, fovy, camera = self._view_cameras(n)
-        views = _over(self._render(objects, c2w, fovy, self.px), background[:, None])
-        prompt = _over(self._prompt(objects, n), background)
-        return Groups(_uint8(views), _uint8(prompt), camera, objects.kind, objects.colour_name)
+        prompt_c2w, prompt_fovy, window = self._prompt_cameras(objects, n)
+        whole = torch.tensor([0.0, 0.0, 1.0], device=self.device).expand(n, VIEWS, 3)
+        rgba = self._render(
+            objects,
+            torch.cat((c2w, prompt_c2w), 1),
+            torch.cat((fovy, prompt_fovy), 1),
+            self.px,
+            window=torch.cat((whole, window), 1),
+        )
+        pictures = _uint8(_over(rgba, self._backgrounds(n)[:, None]))
+        return Groups(pictures[:, :VIEWS], pictures[:, VIEWS], camera, objects.kind, objects.colour_name)
 
     def _view_cameras(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         fovy_deg = self._uniform(n, *CAMERA.fovy_deg)
@@ -88,18 +103,17 @@ class GroupSampler:
         unit[..., :3, 3] /= distance[:, None, None]
         return c2w, torch.deg2rad(fovy_deg)[:, None].expand(n, VIEWS), unit.flatten(2)
 
-    def _prompt(self, objects: Objects, n: int) -> Tensor:
+    def _prompt_cameras(self, objects: Objects, n: int) -> tuple[Tensor, Tensor, Tensor]:
         fovy_deg = self._uniform(n, *PROMPT_FOVY_DEG)
         distance = 0.75 / torch.tan(torch.deg2rad(fovy_deg) / 2)
         c2w = look_at_origin(
             self._uniform(n, *PROMPT_AZIMUTH_DEG), self._uniform(n, *PROMPT_ELEVATION_DEG), distance
         )[:, None]
         fovy = torch.deg2rad(fovy_deg)[:, None]
-        window = prompt_window(self._render(objects, c2w, fovy, 64, supersample=1), OBJECT_FRACTION)
+        window = prompt_window(render(objects, c2w, fovy, 64, supersample=1), OBJECT_FRACTION)
         # people's pictures are never cut exactly: a little off in place and size
         jitter = torch.stack([self._uniform(n, -0.02, 0.02) for _ in range(2)] + [self._uniform(n, 0.0, 0.05)], -1)
-        window = window + jitter[:, None] * window[..., 2:]
-        return self._render(objects, c2w, fovy, self.px, window=window)[:, 0]
+        return c2w, fovy, window + jitter[:, None] * window[..., 2:]
 
     def _backgrounds(self, n: int) -> Tensor:
         grey = self._uniform(n, 0.0, 1.0)[:, None].expand(n, 3)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..model import VIEWS
-from ..schedule import TRAIN_STEPS, alphas_cumprod, q_sample
+from ..schedule import TRAIN_STEPS, q_sample
 from ..text import TextEncoder
 from ..unet import MultiViewUNet
 from ..vae import LatentCodec
-from ..vision import VisionEncoder
+from ..vision import MEAN, STD, VisionEncoder
 from .dataset import GroupSampler, signed
 from .kinds import KINDS
 from .objects import COLOURS
@@ -64,6 +64,9 @@ class LatentPool:
         self.groups, self.codec, self.size, self.chunk = groups, codec, size, groups.chunk
         self.captions = _caption_table(text).to(groups.device)
         self.empty = text.tokenize([""])[0].to(groups.device)
+        self.pixel_mean, self.pixel_std = (
+            torch.tensor(values, device=groups.device)[:, None, None] for values in (MEAN, STD)
+        )
         first = self._encode()
         self.columns = [torch.empty((size, *c.shape[1:]), dtype=c.dtype, device=c.device) for c in first]
         self.cursor, self.filled = 0, 0
@@ -86,44 +89,34 @@ class LatentPool:
         self.cursor = (self.cursor + self.chunk) % self.size
         self.filled += self.chunk
 
-    def draw(self, count: int, generator: torch.Generator) -> Batch:
+    def draw(self, count: int) -> Batch:
         """``count`` random groups; half of the captions are empty."""
         device = self.groups.device
-        rows = torch.randint(self.size, (count,), generator=generator, device=device)
+        rows = torch.randint(self.size, (count,), device=device)
         mean, std, prompt, camera, caption = (column[rows] for column in self.columns)
-        noise = torch.randn(mean.shape, generator=generator, device=device)
-        latents = self.codec.sample(mean.float(), std.float(), noise)
+        latents = self.codec.sample(mean.float(), std.float(), torch.randn(mean.shape, device=device))
         captions = self.captions[caption]
-        silent = torch.rand(count, generator=generator, device=device) < DROP_TEXT
+        silent = torch.rand(count, device=device) < DROP_TEXT
         return Batch(
             latents=latents[:, :VIEWS],
             prompt_latent=latents[:, VIEWS],
-            pixels=clip_pixels(prompt),
+            pixels=(prompt.movedim(-1, 1).float() / 255 - self.pixel_mean) / self.pixel_std,
             camera=functional.pad(camera, (0, 0, 0, 1)),
             caption=torch.where(silent[:, None], self.empty, captions),
         )
-
-
-def clip_pixels(pictures: Tensor) -> Tensor:
-    """uint8 [N, px, px, 3] already of the encoder's size to normalised [N, 3, px, px]."""
-    from ..vision import MEAN, STD
-
-    mean, std = (torch.tensor(v, device=pictures.device)[:, None, None] for v in (MEAN, STD))
-    return (pictures.movedim(-1, 1).float() / 255 - mean) / std
 
 
 def _caption_table(text: TextEncoder) -> Tensor:
     return text.tokenize([f"a {colour} {kind}" for kind in KINDS for colour in COLOURS])
 
 
-def denoising_loss(model: Denoiser, batch: Batch, generator: torch.Generator, empty_caption: Tensor) -> Tensor:
-    """Weighted squared error of the predicted noise of the four views."""
+def denoising_loss(model: Denoiser, batch: Batch, empty_caption: Tensor, abar: Tensor) -> Tensor:
+    """Weighted squared error of the predicted noise of the four views; ``abar`` is the schedule, [1000]."""
     device, count = batch.latents.device, len(batch.latents)
-    abar = alphas_cumprod().to(device)
-    t = torch.randint(TRAIN_STEPS, (count,), generator=generator, device=device)
-    noise = torch.randn(batch.latents.shape, generator=generator, device=device)
+    t = torch.randint(TRAIN_STEPS, (count,), device=device)
+    noise = torch.randn(batch.latents.shape, device=device)
     noisy = q_sample(batch.latents, t, noise, abar)
-    keep = (torch.rand(count, generator=generator, device=device) >= DROP_PROMPT).float()
+    keep = (torch.rand(count, device=device) >= DROP_PROMPT).float()
 
     context = model.text.context(torch.where(keep[:, None] > 0, batch.caption, empty_caption))
     hidden = model.vision.hidden(batch.pixels) * keep[:, None, None]

@@ -88,11 +88,9 @@ def new_codec() -> LatentCodec:
 
 
 def new_unet() -> MultiViewUNet:
-    """A UNet with fresh weights; layers that feed a residual sum start at zero, so that training starts calm."""
+    """A UNet with fresh weights, ready to be trained from scratch."""
     unet = MultiViewUNet(UNET)
-    for name, parameter in unet.named_parameters():
-        if ".out_layers.3." in name or ".proj_out." in name or name.startswith("out.2."):
-            parameter.data.zero_()
+    unet.zero_residual_branches()
     return unet
 
 

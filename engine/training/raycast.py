@@ -17,7 +17,8 @@ AMBIENT = 0.68
 
 def trace(objects: Objects, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Colour [N, R, 3] and hit [N, R] bool of rays [N, R, 3] (world; directions need not be unit)."""
-    t, part = _nearest(objects, origins, directions)
+    # a GPU tests every part of every ray in one fused kernel; a CPU is faster testing only rays that come near
+    t, part = (nearest if origins.is_cuda else nearest_culled)(objects, origins, directions)
     hit = t < MISS / 2
     solid, taper, pattern, frequency = (
         table.gather(1, part) for table in (objects.solid, objects.taper, objects.pattern, objects.frequency)
@@ -38,7 +39,8 @@ def trace(objects: Objects, origins: Tensor, directions: Tensor) -> tuple[Tensor
     return (colours[..., 0, :] * (1 - mix) + colours[..., 1, :] * mix) * shade, hit
 
 
-def _nearest(objects: Objects, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(objects: Objects, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Ray parameter [N, R] of the first hit (MISS if none) and the part [N, R] that is hit."""
     inverse = objects.rotation.transpose(-1, -2) / objects.size.clamp_min(1e-6).unsqueeze(-1)
     o = origins.unsqueeze(1) - objects.centre.unsqueeze(2)
     d = directions.unsqueeze(1)
@@ -50,6 +52,27 @@ def _nearest(objects: Objects, origins: Tensor, directions: Tensor) -> tuple[Ten
     t = hit_distance(local_o, local_d, kind, taper)
     t = torch.where((objects.size[..., :1] > 0), t, torch.full_like(t, MISS))
     return t.min(1)
+
+
+def nearest_culled(objects: Objects, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`nearest`, but each part is tested only by the rays that enter its bounding sphere."""
+    n, rays = origins.shape[:2]
+    best = torch.full((n, rays), MISS)
+    part = torch.zeros((n, rays), dtype=torch.long)
+    lengths = (directions * directions).sum(-1)
+    for i in range(n):
+        for p in (objects.size[i, :, 0] > 0).nonzero().squeeze(1).tolist():
+            size, offset = objects.size[i, p], origins[i] - objects.centre[i, p]
+            along = (offset * directions[i]).sum(-1)
+            outside = (offset * offset).sum(-1) - (size * size).sum()
+            near = (along * along > lengths[i] * outside).nonzero().squeeze(1)
+            local_o = offset[near] @ objects.rotation[i, p] / size
+            local_d = directions[i, near] @ objects.rotation[i, p] / size
+            t = hit_distance(local_o, local_d, objects.solid[i, p], objects.taper[i, p])
+            closer = t < best[i, near]
+            best[i, near[closer]] = t[closer]
+            part[i, near[closer]] = p
+    return best, part
 
 
 def _pattern(local: Tensor, pattern: Tensor, frequency: Tensor) -> Tensor:

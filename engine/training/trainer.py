@@ -21,12 +21,13 @@ from . import nano
 from .codec_trainer import Averages, train_codec
 from .dataset import GroupSampler
 from .denoiser_trainer import EMA, Denoiser, LatentPool, denoising_loss, learning_rate
+from .graphed import GraphedStep
 from .objects import TEST_SEEDS
 
 KIND = "training"
 CODEC_SHARE = 0.15
 """Of the time budget, for the codec."""
-REFRESH_EVERY = 8
+REFRESH_EVERY = 20
 """Steps from one chunk of fresh groups to the next."""
 
 Report = Callable[[str, float], None]
@@ -42,17 +43,17 @@ class Trainer:
         if batch < 1:
             raise InputError(f"--batch is {batch}; it must be at least 1")
         self.folder, self.seconds, self.device, self.batch = folder, minutes * 60, device, batch
-        self.generator = torch.Generator(device).manual_seed(seed)
-        chunk = 64 if device.type == "cuda" else 4
-        self.groups = GroupSampler(nano.PICTURE_PX, device, self.generator, max_seed=TEST_SEEDS, chunk=chunk)
+        self.seed = seed
         torch.manual_seed(seed)
         self.tokenizer = tempfile.TemporaryDirectory()
         nano.write_tokenizer(Path(self.tokenizer.name))
         self.codec: LatentCodec | None = None
         self.model = Denoiser(nano.new_unet(), nano.new_text(Path(self.tokenizer.name)), nano.new_vision()).to(device)
         self.averages = Averages(self.model, EMA)
+        self.rate = torch.zeros((), device=device)
+        cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+            self.model.parameters(), lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda, capturable=cuda
         )
         self.step, self.used_seconds = 0, 0.0
 
@@ -63,44 +64,57 @@ class Trainer:
     def run(self, report: Report, save_every_s: float = 120.0) -> Path:
         """Trains until the budget is spent; returns the model's folder. An interrupt saves first."""
         start = time.monotonic() - self.used_seconds
+        # a resumed run draws other groups and other noise than the run before it
+        torch.manual_seed(self.seed + self.step)
+        generator = torch.Generator(self.device).manual_seed(self.seed + self.step)
+        chunk = 128 if self.device.type == "cuda" else 2
+        groups = GroupSampler(nano.PICTURE_PX, self.device, generator, max_seed=TEST_SEEDS, chunk=chunk)
         if self.codec is None:
-            share = CODEC_SHARE * self.seconds
             self.codec = train_codec(
-                nano.new_codec().to(self.device), self.groups, share, self.batch, lambda s, u: report(s, u * CODEC_SHARE)
+                nano.new_codec().to(self.device),
+                groups,
+                CODEC_SHARE * self.seconds,
+                max(self.batch // 2, 1),
+                lambda line, used: report(line, used * CODEC_SHARE),
             )
             self.used_seconds = time.monotonic() - start
             self.save()
         try:
-            self._train_denoiser(start, report, save_every_s)
+            self._train_denoiser(groups, start, report, save_every_s)
         finally:
             self.used_seconds = min(time.monotonic() - start, self.seconds)
             self.save()
         return self.folder / "nano"
 
-    def _train_denoiser(self, start: float, report: Report, save_every_s: float) -> None:
+    def _train_denoiser(self, groups: GroupSampler, start: float, report: Report, save_every_s: float) -> None:
         assert self.codec is not None
         cuda = self.device.type == "cuda"
         self.model.train()
+        unet = self.model.unet
         if cuda:
             torch.backends.cuda.matmul.allow_tf32 = True
-            self.model.unet.forward = torch.compile(self.model.unet.forward)  # type: ignore[method-assign]
-        pool = LatentPool(self.groups, self.codec, self.model.text, 24_576 if cuda else 16)
-        saved, losses = time.monotonic(), torch.zeros((), device=self.device)
+            unet.forward = torch.compile(type(unet).forward.__get__(unet))  # type: ignore[method-assign]
+        pool = LatentPool(groups, self.codec, self.model.text, 32_768 if cuda else 4)
+        abar, losses = alphas_cumprod().to(self.device), torch.zeros((), device=self.device)
         parameters = list(self.model.parameters())
-        while (used := (time.monotonic() - start) / self.seconds) < 1:
-            if self.step % REFRESH_EVERY == 0:
-                pool.refresh()
-            batch = pool.draw(self.batch, self.generator)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, used)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
-                loss = denoising_loss(self.model, batch, self.generator, pool.empty)
+
+        def step() -> None:
+            batch = pool.draw(self.batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
+                loss = denoising_loss(self.model, batch, pool.empty, abar)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             self.optimizer.step()
+            losses.add_(loss.detach())
+
+        graphed, saved = GraphedStep(step, self.device), time.monotonic()
+        while (used := (time.monotonic() - start) / self.seconds) < 1:
+            if self.step % REFRESH_EVERY == 0:
+                pool.refresh()
+            self.rate.fill_(learning_rate(self.step, used))
+            graphed()
             self.averages.update(self.model, self.step)
-            losses += loss.detach()
             self.step += 1
             if self.step % 100 == 0:
                 report(f"step {self.step} loss {losses.item() / 100:.4f}", used)
@@ -122,7 +136,6 @@ class Trainer:
             **prefixed("model", self.model.state_dict()),
             **prefixed("ema", self.averages.module.state_dict()),
             **prefixed("adam", moments),
-            "generator": self.generator.get_state(),
         }
         header: dict[str, Any] = {
             "kind": KIND,
@@ -146,7 +159,8 @@ class Trainer:
         self.averages.module.load_state_dict(without_prefix("ema", tensors))
         names = {p: name for name, p in self.model.named_parameters()}
         load_optimizer_state(self.optimizer, names, without_prefix("adam", tensors))
-        self.generator.set_state(tensors["generator"])
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].to(self.rate.device if self.device.type == "cuda" else "cpu")
         self.step, self.used_seconds = header["step"], header["used_seconds"]
 
     def _as_model(self) -> MultiViewModel:
