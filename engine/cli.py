@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from . import cli_options as opt
+from . import cli_training
 from .cli_job import PROGRAM, fusion_config, load_pipeline, prepared_picture, resumable, work
 from .cli_output import MESH_SUFFIXES, print_doctor, print_error, print_info, print_written, quiet_libraries
 from .errors import ImageDreamError
@@ -262,6 +263,10 @@ def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
         found = report()
     print_doctor(found, as_json)
+
+
+app.command()(cli_training.train)
+app.command()(cli_training.evaluate)
 
 
 if __name__ == "__main__":

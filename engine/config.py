@@ -112,7 +112,7 @@ class FusionConfig:
     min_step: Ramp = Ramp(0.98, 0.02, 8000)
     max_step: Ramp = Ramp(0.98, 0.50, 8000)
     background_match: Literal["grey", "colour"] = "grey"
-    """The prompt is composited over the grey of the rendered background's mean (released code) or its colour (paper)."""
+    """The prompt is composited over the grey of the rendered background's mean (released) or its colour (paper)."""
     random_background: float = 0.5
     """Probability that a step replaces the background network by one random RGB."""
     albedo_only_until: int = 5000
@@ -147,7 +147,9 @@ class FusionConfig:
         known = {f.name for f in fields(self)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise InputError(f"unknown fusion setting {', '.join(unknown)}; the settings are {', '.join(sorted(known))}")
+            raise InputError(
+                f"unknown fusion setting {', '.join(unknown)}; the settings are {', '.join(sorted(known))}"
+            )
         return replace(self, **values)
 
 
@@ -163,7 +165,9 @@ def _check(config: FusionConfig) -> None:
             raise InputError(f"fusion setting {name} is {value}; it must be {rule}")
     starts = [stage.start for stage in config.stages]
     if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-        raise InputError(f"fusion stages start at {starts}; the first must start at 0 and the others later, in order")
+        raise InputError(
+            f"fusion stages start at {starts}; the first must start at 0 and the others later, in order"
+        )
     for stage in config.stages:
         if stage.views < 4 or stage.views % 4 or stage.resolution < 8:
             raise InputError(f"fusion stage {stage}: views must be a multiple of 4, resolution at least 8")

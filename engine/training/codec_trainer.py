@@ -32,7 +32,7 @@ class Averages:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (step + 1) / (step + 10))
-        mine, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        mine, theirs = ([p.detach() for p in m.parameters()] for m in (self.module, module))
         torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
@@ -60,7 +60,7 @@ def blurred(pictures: Tensor) -> Tensor:
 def train_codec(
     codec: LatentCodec, groups: GroupSampler, seconds: float, batch: int, report: Callable[[str, float], None]
 ) -> LatentCodec:
-    """Trains ``codec`` for ``seconds``; returns its moving average with ``scaling_factor`` set to 1 / std of latents."""
+    """Trains ``codec`` for ``seconds``; returns its moving average, with ``scaling_factor`` 1 / std of latents."""
     device = groups.device
     cuda = device.type == "cuda"
     if cuda:

@@ -1,4 +1,4 @@
-"""Training groups: four views of a procedural object and a prompt picture of it, rendered on the fly (paper section 4)."""
+"""Training groups, rendered on the fly: four views of a procedural object and a prompt picture (paper section 4)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ class GroupSampler:
         elevation = torch.where(self._uniform(n, 0, 1) < 0.4, low, wide)
         offset = self._uniform(n, 0.0, 360.0) * (self._uniform(n, 0, 1) > 0.25)
         azimuth = offset[:, None] + torch.arange(VIEWS, device=self.device) * 90.0
-        c2w = look_at_origin(azimuth, elevation[:, None].expand_as(azimuth), distance[:, None].expand_as(azimuth))
+        c2w = look_at_origin(
+            azimuth, elevation[:, None].expand_as(azimuth), distance[:, None].expand_as(azimuth)
+        )
         unit = c2w.clone()
         unit[..., :3, 3] /= distance[:, None, None]
         return c2w, torch.deg2rad(fovy_deg)[:, None].expand(n, VIEWS), unit.flatten(2)
@@ -112,7 +114,9 @@ class GroupSampler:
         fovy = torch.deg2rad(fovy_deg)[:, None]
         window = prompt_window(render(objects, c2w, fovy, 64, supersample=1), OBJECT_FRACTION)
         # people's pictures are never cut exactly: a little off in place and size
-        jitter = torch.stack([self._uniform(n, -0.02, 0.02) for _ in range(2)] + [self._uniform(n, 0.0, 0.05)], -1)
+        jitter = torch.stack(
+            [self._uniform(n, -0.02, 0.02) for _ in range(2)] + [self._uniform(n, 0.0, 0.05)], -1
+        )
         return c2w, fovy, window + jitter[:, None] * window[..., 2:]
 
     def _backgrounds(self, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: a small model's step is hundreds of launches, and the host is slower than the GPU."""
+"""A training step as one CUDA graph: launching a small model's hundreds of kernels takes longer than running them."""
 
 from __future__ import annotations
 

@@ -94,10 +94,25 @@ class Builder:
     def body(self, solid: int, at: Triple, size: Triple, **options: object) -> None:
         """A main part: main colour with the object's pattern in the second colour."""
         self.add(
-            solid, at, size, self.main, second=self.second, pattern=self.pattern, frequency=self.frequency, **options  # type: ignore[arg-type]
+            solid,
+            at,
+            size,
+            self.main,
+            second=self.second,
+            pattern=self.pattern,
+            frequency=self.frequency,
+            **options,  # type: ignore[arg-type]
         )
 
-    def pair(self, solid: int, at: Triple, size: Triple, colour: Tensor, tilt_deg: Triple = (0, 0, 0), **options: object) -> None:
+    def pair(
+        self,
+        solid: int,
+        at: Triple,
+        size: Triple,
+        colour: Tensor,
+        tilt_deg: Triple = (0, 0, 0),
+        **options: object,
+    ) -> None:
         """A part and its mirror image in x."""
         x, y, z = at
         tx, ty, tz = tilt_deg
@@ -114,7 +129,9 @@ class Builder:
         result = {}
         for name, first in self.rows[0].items():
             stacked = torch.stack([row[name] for row in self.rows], 1)
-            pad = torch.zeros((self.n, slots - len(self.rows), *first.shape[1:]), dtype=first.dtype, device=self.device)
+            pad = torch.zeros(
+                (self.n, slots - len(self.rows), *first.shape[1:]), dtype=first.dtype, device=self.device
+            )
             result[name] = torch.cat((stacked, pad), 1)
         return result
 
@@ -143,7 +160,13 @@ def robot(b: Builder) -> None:
     b.add(BOX, (0, -head, top - 0.5 * head), (0.5 * head, 0.03, 0.1 * head), b.dark)
     b.add(FRUSTUM, (0, 0, top + head + 0.1), (0.03, 0.03, 0.12), b.dark)
     b.add(ELLIPSOID, (0, 0, top + head + 0.24), (0.07, 0.07, 0.07), b.accent)
-    b.pair(BOX, (w + 0.1, 0, u.uniform(-0.05, 0.1)), (0.08, 0.1, u.uniform(0.25, 0.38)), b.second, (0, u.uniform(-20, 0), 0))
+    b.pair(
+        BOX,
+        (w + 0.1, 0, u.uniform(-0.05, 0.1)),
+        (0.08, 0.1, u.uniform(0.25, 0.38)),
+        b.second,
+        (0, u.uniform(-20, 0), 0),
+    )
     leg = u.uniform(0.15, 0.3)
     b.pair(BOX, (0.5 * w, 0, -h - leg), (0.11, 0.13, leg), b.main)
 
@@ -156,14 +179,37 @@ def creature(b: Builder) -> None:
     head_z, head_y = girth + u.uniform(0.05, 0.22), -length - 0.3 * head
     b.body(ELLIPSOID, (0, 0, 0), (girth, length, girth))
     b.add(ELLIPSOID, (0, head_y, head_z), (head, head, head), b.main)
-    b.add(ELLIPSOID, (0, head_y - 0.85 * head, head_z - 0.25 * head), (0.5 * head, 0.45 * head, 0.36 * head), b.second)
+    b.add(
+        ELLIPSOID,
+        (0, head_y - 0.85 * head, head_z - 0.25 * head),
+        (0.5 * head, 0.45 * head, 0.36 * head),
+        b.second,
+    )
     b.eyes(0.42 * head, head_y - 0.82 * head, head_z + 0.3 * head, 0.2 * head)
     ear = u.uniform(0.5, 1.1) * head
-    b.pair(FRUSTUM, (0.55 * head, head_y, head_z + 0.8 * head + 0.4 * ear), (0.28 * head, 0.15 * head, ear * 0.6), b.accent, (0, 14, 0), taper=0.1)
+    b.pair(
+        FRUSTUM,
+        (0.55 * head, head_y, head_z + 0.8 * head + 0.4 * ear),
+        (0.28 * head, 0.15 * head, ear * 0.6),
+        b.accent,
+        (0, 14, 0),
+        taper=0.1,
+    )
     for y in (-0.6, 0.6):
         b.pair(FRUSTUM, (0.6 * girth, y * length, -girth - 0.6 * leg), (0.09, 0.09, leg), b.second)
-    b.add(ELLIPSOID, (0, length + 0.12, 0.1), (0.07, u.uniform(0.15, 0.28), 0.07), b.accent, tilt_deg=(u.uniform(10, 60), 0, 0))
-    b.add(ELLIPSOID, (0, head_y - 1.25 * head, head_z - 0.15 * head), (0.13 * head, 0.1 * head, 0.1 * head), b.dark)
+    b.add(
+        ELLIPSOID,
+        (0, length + 0.12, 0.1),
+        (0.07, u.uniform(0.15, 0.28), 0.07),
+        b.accent,
+        tilt_deg=(u.uniform(10, 60), 0, 0),
+    )
+    b.add(
+        ELLIPSOID,
+        (0, head_y - 1.25 * head, head_z - 0.15 * head),
+        (0.13 * head, 0.1 * head, 0.1 * head),
+        b.dark,
+    )
 
 
 def house(b: Builder) -> None:
@@ -206,7 +252,15 @@ def mushroom(b: Builder) -> None:
     stem, r = u.uniform(0.25, 0.42), u.uniform(0.14, 0.22)
     cap, flat = u.uniform(0.36, 0.52), u.uniform(0.5, 0.85)
     b.add(FRUSTUM, (0, 0, 0), (r * 1.2, r * 1.2, stem), b.white, taper=0.75)
-    b.add(ELLIPSOID, (0, 0, stem), (cap, cap, cap * flat), b.main, second=b.second, pattern=SPOTS, frequency=u.uniform(2, 3.5))
+    b.add(
+        ELLIPSOID,
+        (0, 0, stem),
+        (cap, cap, cap * flat),
+        b.main,
+        second=b.second,
+        pattern=SPOTS,
+        frequency=u.uniform(2, 3.5),
+    )
     b.add(BOX, (0, -1.08 * r, -0.5 * stem), (0.5 * r, 0.05, 0.42 * stem), b.accent)
     b.pair(ELLIPSOID, (0.5 * r, -r, 0.3 * stem), (0.22 * r, 0.06, 0.28 * r), b.glass)
     b.add(ELLIPSOID, (0, 0, -stem), (2.0 * r, 2.0 * r, 0.06), b.rgb(0.3, 0.55, 0.2))
@@ -221,9 +275,24 @@ def tree(b: Builder) -> None:
     b.add(FRUSTUM, (0, 0, 0), (r, r, trunk), b.rgb(0.45, 0.3, 0.18), taper=0.8)
     for k in range(3):
         shrink, z = 1 - 0.24 * k, trunk + 0.15 + 0.27 * k
-        b.add(FRUSTUM, (0, 0, z), (wide * shrink * 1.2, wide * shrink * 1.2, 0.24), b.main, second=b.second, pattern=TWO_TONE, taper=0.15, where=conifer)
+        b.add(
+            FRUSTUM,
+            (0, 0, z),
+            (wide * shrink * 1.2, wide * shrink * 1.2, 0.24),
+            b.main,
+            second=b.second,
+            pattern=TWO_TONE,
+            taper=0.15,
+            where=conifer,
+        )
     b.body(ELLIPSOID, (0, 0, trunk + 0.75 * wide), (wide, wide, 0.85 * wide), where=~conifer)
-    b.pair(ELLIPSOID, (0.6 * wide, 0, trunk + 0.5 * wide), (0.6 * wide, 0.6 * wide, 0.5 * wide), b.main, where=~conifer)
+    b.pair(
+        ELLIPSOID,
+        (0.6 * wide, 0, trunk + 0.5 * wide),
+        (0.6 * wide, 0.6 * wide, 0.5 * wide),
+        b.main,
+        where=~conifer,
+    )
     b.pair(ELLIPSOID, (0.4 * wide, -0.75 * wide, trunk + 0.5 * wide), (0.09, 0.09, 0.09), b.accent)
     b.add(BOX, (0, -r, -0.3 * trunk), (0.5 * r, 0.04, 0.4 * trunk), b.dark)
     b.add(ELLIPSOID, (0, 0, -trunk), (2.6 * r, 2.6 * r, 0.06), b.rgb(0.3, 0.55, 0.2))
@@ -239,13 +308,26 @@ def snowman(b: Builder) -> None:
     b.add(ELLIPSOID, (0, 0, z2), (r2, r2, r2), snow)
     b.add(ELLIPSOID, (0, 0, z3), (r3, r3, r3), snow)
     b.pair(ELLIPSOID, (0.4 * r3, -0.88 * r3, z3 + 0.25 * r3), (0.035, 0.03, 0.04), b.dark)
-    b.add(FRUSTUM, (0, -r3 - 0.1, z3), (0.05, 0.05, 0.14), b.rgb(0.95, 0.5, 0.1), taper=0.05, tilt_deg=(90, 0, 0))
+    b.add(
+        FRUSTUM,
+        (0, -r3 - 0.1, z3),
+        (0.05, 0.05, 0.14),
+        b.rgb(0.95, 0.5, 0.1),
+        taper=0.05,
+        tilt_deg=(90, 0, 0),
+    )
     for k in (-0.35, 0.25):
         b.add(ELLIPSOID, (0, -0.95 * r2, z2 + k * r2), (0.04, 0.03, 0.04), b.dark)
     b.add(FRUSTUM, (0, 0, z3 - 0.82 * r3), (1.0 * r3, 1.0 * r3, 0.06), b.accent)
     b.add(FRUSTUM, (0, 0, z3 + 0.72 * r3), (1.25 * r3, 1.25 * r3, 0.03), b.second)
     b.add(FRUSTUM, (0, 0, z3 + 1.3 * r3), (0.75 * r3, 0.75 * r3, 0.65 * r3), b.second)
-    b.pair(FRUSTUM, (r2 + 0.12, 0, z2 + 0.08), (0.03, 0.03, 0.2), b.rgb(0.4, 0.26, 0.15), (0, u.uniform(50, 75), 0))
+    b.pair(
+        FRUSTUM,
+        (r2 + 0.12, 0, z2 + 0.08),
+        (0.03, 0.03, 0.2),
+        b.rgb(0.4, 0.26, 0.15),
+        (0, u.uniform(50, 75), 0),
+    )
 
 
 def boat(b: Builder) -> None:
@@ -257,7 +339,15 @@ def boat(b: Builder) -> None:
     b.add(BOX, (0, 0.3 * length - 0.25 * length, 0.33), (0.4 * w, 0.02, 0.06), b.glass)
     mast = u.uniform(0.35, 0.5)
     b.add(FRUSTUM, (0, -0.15 * length, mast), (0.03, 0.03, mast), b.rgb(0.4, 0.26, 0.15))
-    b.add(BOX, (0, -0.17 * length, 1.2 * mast), (u.uniform(0.2, 0.32), 0.02, 0.45 * mast), b.second, second=b.main, pattern=STRIPES_Z, frequency=2.0)
+    b.add(
+        BOX,
+        (0, -0.17 * length, 1.2 * mast),
+        (u.uniform(0.2, 0.32), 0.02, 0.45 * mast),
+        b.second,
+        second=b.main,
+        pattern=STRIPES_Z,
+        frequency=2.0,
+    )
     b.add(BOX, (0.1, -0.15 * length, 2 * mast), (0.1, 0.015, 0.06), b.accent)
     b.add(FRUSTUM, (0, 0.5 * length, 0.5), (0.07, 0.07, 0.14), b.accent)
     b.add(ELLIPSOID, (0, -length, 0.08), (0.06, 0.08, 0.06), b.accent)
@@ -271,9 +361,22 @@ def bird(b: Builder) -> None:
     b.body(ELLIPSOID, (0, 0, 0), (r, 1.25 * r, r))
     b.add(ELLIPSOID, (0, y, z), (head, head, head), b.second)
     b.eyes(0.5 * head, y - 0.75 * head, z + 0.25 * head, 0.22 * head)
-    b.add(FRUSTUM, (0, y - head - 0.09, z - 0.05), (0.08, 0.06, 0.13), b.rgb(0.97, 0.62, 0.1), taper=0.1, tilt_deg=(90, 0, 0))
+    b.add(
+        FRUSTUM,
+        (0, y - head - 0.09, z - 0.05),
+        (0.08, 0.06, 0.13),
+        b.rgb(0.97, 0.62, 0.1),
+        taper=0.1,
+        tilt_deg=(90, 0, 0),
+    )
     b.pair(ELLIPSOID, (0.95 * r, 0.1 * r, 0.05), (0.08, 0.75 * r, 0.5 * r), b.accent, (0, 12, 0))
-    b.add(ELLIPSOID, (0, 1.35 * r, 0.15), (0.55 * r, 0.4 * r, 0.07), b.accent, tilt_deg=(u.uniform(15, 40), 0, 0))
+    b.add(
+        ELLIPSOID,
+        (0, 1.35 * r, 0.15),
+        (0.55 * r, 0.4 * r, 0.07),
+        b.accent,
+        tilt_deg=(u.uniform(15, 40), 0, 0),
+    )
     b.pair(FRUSTUM, (0.4 * r, 0, -r - 0.08), (0.035, 0.035, 0.12), b.rgb(0.97, 0.62, 0.1))
     b.pair(ELLIPSOID, (0.4 * r, -0.06, -r - 0.2), (0.09, 0.14, 0.03), b.rgb(0.97, 0.62, 0.1))
     b.add(FRUSTUM, (0, y, z + head), (0.08, 0.08, 0.1), b.accent, taper=0.1, where=u.flag(0.5))
@@ -282,7 +385,15 @@ def bird(b: Builder) -> None:
 def rocket(b: Builder) -> None:
     u = b.draws
     r, h = u.uniform(0.17, 0.25), u.uniform(0.4, 0.55)
-    b.add(FRUSTUM, (0, 0, 0), (r, r, h), b.main, second=b.second, pattern=torch.where(b.pattern == STRIPES_X, STRIPES_Z, b.pattern), frequency=b.frequency)
+    b.add(
+        FRUSTUM,
+        (0, 0, 0),
+        (r, r, h),
+        b.main,
+        second=b.second,
+        pattern=torch.where(b.pattern == STRIPES_X, STRIPES_Z, b.pattern),
+        frequency=b.frequency,
+    )
     nose = u.uniform(0.14, 0.24)
     b.add(FRUSTUM, (0, 0, h + nose), (r, r, nose), b.accent, taper=0.05)
     b.add(ELLIPSOID, (0, -0.92 * r, 0.45 * h), (0.5 * r, 0.06, 0.5 * r), b.glass)
@@ -290,7 +401,13 @@ def rocket(b: Builder) -> None:
     fin = u.uniform(0.16, 0.26)
     b.pair(BOX, (r + 0.4 * fin, 0, -0.75 * h), (0.6 * fin, 0.035, 0.8 * fin), b.accent, (0, 18, 0))
     for y in (-1, 1):
-        b.add(BOX, (0, y * (r + 0.4 * fin), -0.75 * h), (0.035, 0.6 * fin, 0.8 * fin), b.accent, tilt_deg=(18 * y, 0, 0))
+        b.add(
+            BOX,
+            (0, y * (r + 0.4 * fin), -0.75 * h),
+            (0.035, 0.6 * fin, 0.8 * fin),
+            b.accent,
+            tilt_deg=(18 * y, 0, 0),
+        )
     b.add(FRUSTUM, (0, 0, -h - 0.06), (0.8 * r, 0.8 * r, 0.08), b.dark, taper=0.7)
     b.add(ELLIPSOID, (0, 0, -h - 0.2), (0.5 * r, 0.5 * r, 0.16), b.rgb(1.0, 0.6, 0.15), where=u.flag(0.5))
 

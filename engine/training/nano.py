@@ -96,7 +96,13 @@ def new_unet() -> MultiViewUNet:
 
 def new_text(tokenizer_folder: Path) -> TextEncoder:
     """A caption encoder with fresh weights, reading the vocabulary in ``tokenizer_folder``."""
-    config = {**TEXT, "vocab_size": len(vocabulary()), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = {
+        **TEXT,
+        "vocab_size": len(vocabulary()),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
     return TextEncoder.from_config(config, FolderTokenizer(tokenizer_folder))
 
 

@@ -76,7 +76,9 @@ class Objects:
     def surface_points(self, per_part: int, generator: torch.Generator) -> Tensor:
         """World samples [N, P, per_part, 3] of every part's surface (also where another part covers it)."""
         local = surface_samples(self.solid, self.taper, per_part, generator)
-        return torch.einsum("npij,npkj->npki", self.rotation, local * self.size.unsqueeze(2)) + self.centre.unsqueeze(2)
+        return torch.einsum(
+            "npij,npkj->npki", self.rotation, local * self.size.unsqueeze(2)
+        ) + self.centre.unsqueeze(2)
 
     def visible_surface(self, count: int, seed: int = 0) -> list[Tensor]:
         """For each object about ``count`` points [K, 3] on the outside of the union, spread by area (for Chamfer)."""
@@ -120,7 +122,20 @@ class Draws:
         return self.uniform() < probability
 
 
-COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "white", "grey", "black", "brown")
+COLOURS = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "teal",
+    "blue",
+    "purple",
+    "pink",
+    "white",
+    "grey",
+    "black",
+    "brown",
+)
 _HUES = torch.tensor([0.0, 0.075, 0.145, 0.33, 0.48, 0.61, 0.76, 0.91, 0.1, 0.6, 0.6, 0.065])
 _SATURATION = torch.tensor([0.85, 0.9, 0.85, 0.7, 0.75, 0.8, 0.6, 0.5, 0.06, 0.06, 0.1, 0.65])
 _VALUE = torch.tensor([0.85, 0.95, 0.95, 0.65, 0.7, 0.85, 0.7, 0.95, 0.95, 0.55, 0.15, 0.5])

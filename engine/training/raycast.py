@@ -85,7 +85,13 @@ def _pattern(local: Tensor, pattern: Tensor, frequency: Tensor) -> Tensor:
     spots = ((cell * cell).sum(-1) < 0.09).float()
     two_tone = ((local[..., 2] + 1) * 0.5).clamp(0, 1)
     mix = torch.zeros_like(stripes_x)
-    for index, value in ((STRIPES_X, stripes_x), (STRIPES_Z, stripes_z), (CHECKER, checker), (SPOTS, spots), (TWO_TONE, two_tone)):
+    for index, value in (
+        (STRIPES_X, stripes_x),
+        (STRIPES_Z, stripes_z),
+        (CHECKER, checker),
+        (SPOTS, spots),
+        (TWO_TONE, two_tone),
+    ):
         mix = torch.where(pattern == index, value, mix)
     return mix
 

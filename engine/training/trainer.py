@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import prefixed, read_tensors, without_prefix, write_tensors
+from ..checkpoint import (
+    load_optimizer_state,
+    optimizer_state,
+    prefixed,
+    read_tensors,
+    without_prefix,
+    write_tensors,
+)
 from ..errors import InputError
 from ..model import ModelCard, MultiViewModel
 from ..schedule import alphas_cumprod
@@ -37,7 +44,9 @@ Report = Callable[[str, float], None]
 class Trainer:
     """Codec first, then the denoiser; ``folder`` holds ``training.safetensors`` and the model so far in ``nano/``."""
 
-    def __init__(self, folder: Path, *, minutes: float, device: torch.device, batch: int, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, minutes: float, device: torch.device, batch: int, seed: int = 0
+    ) -> None:
         if not minutes > 0:
             raise InputError(f"--minutes is {minutes}; it must be positive")
         if batch < 1:
@@ -48,12 +57,19 @@ class Trainer:
         self.tokenizer = tempfile.TemporaryDirectory()
         nano.write_tokenizer(Path(self.tokenizer.name))
         self.codec: LatentCodec | None = None
-        self.model = Denoiser(nano.new_unet(), nano.new_text(Path(self.tokenizer.name)), nano.new_vision()).to(device)
+        self.model = Denoiser(
+            nano.new_unet(), nano.new_text(Path(self.tokenizer.name)), nano.new_vision()
+        ).to(device)
         self.averages = Averages(self.model, EMA)
         self.rate = torch.zeros((), device=device)
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda, capturable=cuda
+            self.model.parameters(),
+            lr=self.rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=cuda,
+            capturable=cuda,
         )
         self.step, self.used_seconds = 0, 0.0
 
@@ -86,7 +102,9 @@ class Trainer:
             self.save()
         return self.folder / "nano"
 
-    def _train_denoiser(self, groups: GroupSampler, start: float, report: Report, save_every_s: float) -> None:
+    def _train_denoiser(
+        self, groups: GroupSampler, start: float, report: Report, save_every_s: float
+    ) -> None:
         assert self.codec is not None
         cuda = self.device.type == "cuda"
         self.model.train()
@@ -128,14 +146,11 @@ class Trainer:
         """The whole state, and the averaged weights as a model folder."""
         assert self.codec is not None
         names = {p: name for name, p in self.model.named_parameters()}
-        moments = {
-            f"{names[p]}/{key}": value for p, state in self.optimizer.state.items() for key, value in state.items()
-        }
         tensors: dict[str, Tensor] = {
             **prefixed("codec", self.codec.state_dict()),
             **prefixed("model", self.model.state_dict()),
             **prefixed("ema", self.averages.module.state_dict()),
-            **prefixed("adam", moments),
+            **prefixed("adam", optimizer_state(self.optimizer, names)),
         }
         header: dict[str, Any] = {
             "kind": KIND,
@@ -148,8 +163,6 @@ class Trainer:
 
     def resume(self) -> None:
         """Continues from the folder's checkpoint. Raises :class:`InputError` if there is none."""
-        from ..checkpoint import load_optimizer_state
-
         tensors, header = read_tensors(self.checkpoint, [KIND])
         self.codec = nano.new_codec().to(self.device).eval().requires_grad_(False)
         self.codec.load_state_dict(without_prefix("codec", tensors))
@@ -176,4 +189,6 @@ class Trainer:
             picture_px=nano.PICTURE_PX,
             sha256="",
         )
-        return MultiViewModel(card, averaged.unet, self.codec, averaged.text, averaged.vision, alphas_cumprod())
+        return MultiViewModel(
+            card, averaged.unet, self.codec, averaged.text, averaged.vision, alphas_cumprod()
+        )
