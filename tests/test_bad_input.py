@@ -249,6 +249,31 @@ def test_mesh_of_what_is_no_nerf(run: CommandLine, tmp_path: Path, content: byte
     assert str(path) in message
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("train", ("--minutes", 0), "minutes is 0"),
+        ("train", ("--batch", 0), "batch is 0"),
+        ("train", ("--resume",), "no file"),
+        ("evaluate", ("--objects", 0), "objects"),
+        ("evaluate", ("--preset", "grand"), "unknown preset 'grand'"),
+        ("evaluate", ("--steps", 0), "steps is 0"),
+        ("evaluate", ("--model", "builtin:giant"), "builtin:nano"),
+    ],
+)
+def test_settings_of_training(
+    run: CommandLine, tmp_path: Path, command: str, options: tuple[object, ...], words: str
+) -> None:
+    if command == "train":
+        ran = run(command, "-o", tmp_path / "out", "--device", "cpu", *options)
+    else:
+        ran = run(command, "-o", tmp_path / "out", *TINY, *options, "--json")
+        assert ran.json()["exit_code"] == 2
+    assert ran.code == 2, ran
+    assert words in ran.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("options", [("--faces", 5), ("--texture-px", 0), ("--device", "cuda:99")])
 def test_settings_of_mesh(
     run: CommandLine, picture: Path, tmp_path: Path, options: tuple[object, ...]

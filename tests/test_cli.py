@@ -38,6 +38,13 @@ def test_help(run: CommandLine, command: str) -> None:
     assert ran.err == ""
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_of_training(run: CommandLine, command: str) -> None:
+    ran = run(command, "--help")
+    assert ran.code == 0
+    assert "--device" in ran.out
+
+
 def test_version(run: CommandLine) -> None:
     assert run("--version").out == f"imagedream-rt {__version__}\n"
 
