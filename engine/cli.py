@@ -13,7 +13,7 @@ import typer
 from . import cli_options as opt
 from . import cli_training
 from .cli_job import PROGRAM, fusion_config, load_pipeline, prepared_picture, resumable, work
-from .cli_output import MESH_SUFFIXES, print_doctor, print_error, print_info, print_written, quiet_libraries
+from .cli_output import MESH_SUFFIXES, print_doctor, print_error, print_info, print_written, set_up_libraries
 from .errors import ImageDreamError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; every failure is one sentence on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
-    quiet_libraries()
+    set_up_libraries()
     try:
         return app(args=arguments, prog_name=PROGRAM, standalone_mode=False) or 0
     except Exception as error:

@@ -76,9 +76,14 @@ def only_our_words(debug: bool) -> Iterator[None]:
         yield
 
 
-def quiet_libraries() -> None:
-    """No chatter of libraries on stderr, set before they are imported. The user's own settings stay."""
+def set_up_libraries() -> None:
+    """Environment of libraries, before they are imported: no chatter on stderr, and threads that sleep while they wait.
+
+    OpenMP's threads otherwise spin between operations, and on a machine that has anything else to do a fusion then
+    takes several times as long. The user's own settings stay.
+    """
     for name, value in {
+        "OMP_WAIT_POLICY": "passive",
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_TELEMETRY": "1",

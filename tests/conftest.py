@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before anything imports huggingface_hub, which reads it once.
+# Before anything imports huggingface_hub and torch, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
