@@ -45,6 +45,7 @@ def train(
 
 def evaluate(
     objects: Annotated[int, typer.Option(help="How many unseen objects.")] = 16,
+    skip: Annotated[int, typer.Option(help="Leave out that many first: to share the work out.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -71,7 +72,7 @@ def evaluate(
         pipe = load_pipeline(model, None, device, None, "torch")
         config = fusion_config(pipe, preset, steps, guidance_scale)
         scores = []
-        for score in scores_of(pipe, objects, config, seed=seed, pictures=output):
+        for score in scores_of(pipe, objects, config, skip=skip, seed=seed, pictures=output):
             scores.append(score)
             print(_line(score), file=sys.stderr)
         found = {

@@ -191,21 +191,21 @@ PAPER = replace(
 
 DRAFT = FusionConfig(
     name="draft",
-    steps=120,
-    stages=(Stage(0, 32, 4), Stage(60, 64, 4)),
+    steps=60,
+    stages=(Stage(0, 32, 4), Stage(40, 48, 4)),
     camera=CameraRange(
         elevation_deg=(-5.0, 25.0), elevation_sampling="uniform", relative_distance=(0.66, 0.69)
     ),
     field=FieldConfig(grid=HashGridConfig(levels=8, log2_table=15, base_resolution=8)),
     render=RenderConfig(samples_per_ray=192, occupancy_warmup_steps=64),
     guidance_scale=2.0,
-    min_step=Ramp(0.50, 0.02, 80),
-    max_step=Ramp(0.60, 0.20, 80),
+    min_step=Ramp(0.20, 0.02, 60),
+    max_step=Ramp(0.30, 0.10, 60),
     background_match="colour",
     albedo_only_until=10**9,
     lambda_orient=Ramp(1.0, 10.0, 100),
     lambda_sparsity=0.1,
-    warm_start=WarmStart(view_sets=4, ddim_steps=20, fit_steps=200, rays=4096),
+    warm_start=WarmStart(view_sets=4, ddim_steps=20, fit_steps=250, rays=2048),
     checkpoint_every=50,
 )
 """Minutes on two CPU cores with the embedded model: a field fitted to diffused views, refined by low-noise MV-SDS."""

@@ -68,16 +68,22 @@ def example_picture(seed: int, px: int = 512) -> Image.Image:
 
 
 def evaluate(
-    pipe: ImageTo3D, count: int, config: FusionConfig, *, seed: int = 0, pictures: Path | None = None
+    pipe: ImageTo3D,
+    count: int,
+    config: FusionConfig,
+    *,
+    skip: int = 0,
+    seed: int = 0,
+    pictures: Path | None = None,
 ) -> Iterator[Score]:
-    """Scores of test objects ``TEST_SEEDS .. TEST_SEEDS + count``, one after the other.
+    """Scores of ``count`` test objects, from ``TEST_SEEDS + skip`` on, one after the other.
 
     With ``pictures`` a sheet per object is written there: prompt, four views and the NeRF beside the truth.
     Raises :class:`InputError` for a count below 1.
     """
-    if count < 1:
-        raise InputError(f"--objects is {count}; it must be at least 1")
-    for object_seed in range(TEST_SEEDS, TEST_SEEDS + count):
+    if count < 1 or skip < 0:
+        raise InputError(f"--objects is {count} and --skip is {skip}; they must be at least 1 and 0")
+    for object_seed in range(TEST_SEEDS + skip, TEST_SEEDS + skip + count):
         start = time.monotonic()
         objects = make_objects(torch.tensor([object_seed]))
         picture = prepare(example_picture(object_seed, 256))
