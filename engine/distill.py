@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import FusionConfig
 from .model import VIEWS, MultiViewModel
-from .sampler import denoise_guided
+from .sampler import denoise, denoise_guided
 from .schedule import TRAIN_STEPS, predict_x0, q_sample
 
 if TYPE_CHECKING:
@@ -126,22 +126,24 @@ class MultiViewGuidance:
         timestep = torch.tensor(t, device=latents.device)
         noise = self._noise(len(latents), generator)
         noisy = q_sample(latents.detach(), timestep, noise, self.alphas_cumprod)
-        image_latent = conditioning.image_latent(self._noise(1, generator), self.model.vae)
-        eps_cond, eps_uncond = denoise_guided(
-            self.model,
-            noisy,
-            timestep,
-            cameras.embedding().to(latents.device),
-            conditioning,
-            image_latent,
-        )
+        prompt_noise = self._noise(1, generator)
+        camera = cameras.embedding().to(latents.device)
+        scale = self.config.guidance_scale
+        if scale == 1.0:
+            # Guidance and rescale then change nothing: half the work.
+            conditioning = conditioning.conditional()
+            image_latent = conditioning.image_latent(prompt_noise, self.model.vae)
+            eps = denoise(self.model, noisy, timestep, camera, conditioning, image_latent)[0]
+            return predict_x0(noisy, eps, timestep, self.alphas_cumprod)
+        image_latent = conditioning.image_latent(prompt_noise, self.model.vae)
+        eps_cond, eps_uncond = denoise_guided(self.model, noisy, timestep, camera, conditioning, image_latent)
         return reconstruction_target(
             noisy,
             eps_cond,
             eps_uncond,
             timestep,
             self.alphas_cumprod,
-            guidance_scale=self.config.guidance_scale,
+            guidance_scale=scale,
             std_rescale=self.config.recon_std_rescale,
         )
 

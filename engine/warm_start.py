@@ -31,7 +31,7 @@ MASK_FROM, MASK_TO = 0.04, 0.16
 """Largest channel difference from the background at which a pixel begins to count, and fully counts, as
 object."""
 LAMBDA_MASK = 0.5
-LAMBDA_SPARSITY = 0.01
+LAMBDA_SPARSITY = 0.05
 LR_GRID, LR_NETWORKS = 0.02, 0.005
 """Pictures pull steadier than distillation does: a few times its rates halve the steps to the same PSNR."""
 

@@ -87,6 +87,18 @@ def test_target_is_the_guided_reconstruction(model, guidance):
     assert not torch.allclose(other, target, rtol=1e-3, atol=1e-3)  # the prompt stands on another colour
 
 
+def test_guidance_of_one_skips_the_unconditional_half(model, guidance, monkeypatch):
+    latents = torch.randn(4, 4, model.latent_px, model.latent_px, generator=seeded(0))
+    cameras = sample_cameras(TINY.camera, 1, seeded(1))
+    plain = MultiViewGuidance(model, guidance.conditioner, replace(TINY, guidance_scale=1.0))
+    nearly = MultiViewGuidance(model, guidance.conditioner, replace(TINY, guidance_scale=1.0 + 1e-7))
+    both = nearly.target(latents, cameras, (0.5, 0.5, 0.5), 300, seeded(2))
+    monkeypatch.delattr("imagedream_rt.engine.distill.denoise_guided")
+    torch.testing.assert_close(
+        plain.target(latents, cameras, (0.5, 0.5, 0.5), 300, seeded(2)), both, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_identity_names_model_and_prompt(model, guidance):
     other = MultiViewGuidance(model, Conditioner(model, guidance.conditioner.picture, "a cat"), TINY)
     differing = {name for name in other.identity if other.identity[name] != guidance.identity[name]}
