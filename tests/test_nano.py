@@ -10,7 +10,8 @@ from imagedream_rt.engine.config import DRAFT, WarmStart
 from imagedream_rt.engine.errors import InputError
 from imagedream_rt.engine.pipeline import ImageTo3D
 from imagedream_rt.engine.training import evaluate as measuring
-from imagedream_rt.engine.training.objects import TEST_SEEDS, make_objects
+from imagedream_rt.engine.training.kinds import make_objects
+from imagedream_rt.engine.training.objects import TEST_SEEDS
 
 
 @pytest.fixture(scope="module")

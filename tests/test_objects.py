@@ -7,8 +7,8 @@ import torch
 
 from imagedream_rt.engine.cameras import orbit_cameras
 from imagedream_rt.engine.training import raycast
-from imagedream_rt.engine.training.kinds import KINDS
-from imagedream_rt.engine.training.objects import PARTS, RADIUS, TEST_SEEDS, Draws, caption, make_objects
+from imagedream_rt.engine.training.kinds import KINDS, caption, make_objects
+from imagedream_rt.engine.training.objects import PARTS, RADIUS, TEST_SEEDS, Draws
 from imagedream_rt.engine.training.shapes import (
     BOX,
     ELLIPSOID,

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..config import DRAFT
 from ..model import VIEWS
 from ..picture import OBJECT_FRACTION
-from .objects import Objects, make_objects
+from .kinds import make_objects
+from .objects import Objects
 from .raycast import prompt_window, render
 
 CAMERA = DRAFT.camera

@@ -25,7 +25,8 @@ from ..errors import InputError
 from ..picture import PreparedPicture, prepare
 from ..warm_start import silhouettes
 from .dataset import unit_distance
-from .objects import TEST_SEEDS, Objects, caption, make_objects
+from .kinds import caption, make_objects
+from .objects import TEST_SEEDS, Objects
 from .raycast import render
 
 if TYPE_CHECKING:

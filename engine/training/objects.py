@@ -28,7 +28,7 @@ class Objects:
     seed: Tensor
     """[N] int64."""
     kind: Tensor
-    """[N] int64, index into :data:`~.kinds.KINDS`."""
+    """[N] int64, index into ``KINDS`` of :mod:`~.kinds`."""
     colour_name: Tensor
     """[N] int64, index into :data:`COLOURS`: the caption's colour."""
     solid: Tensor
@@ -155,46 +155,3 @@ def named_colour(draws: Draws, index: Tensor) -> Tensor:
     saturation = (_SATURATION.to(device)[index] * draws.uniform(0.85, 1.1)).clamp(0, 1)
     value = (_VALUE.to(device)[index] * draws.uniform(0.88, 1.08)).clamp(0, 1)
     return hsv_to_rgb(hue, saturation, value)
-
-
-def make_objects(seeds: Tensor) -> Objects:
-    """The objects of these seeds ([N] int64), on the seeds' device."""
-    from .kinds import KINDS, Builder
-
-    draws = Draws(seeds)
-    kind = draws.integer(len(KINDS))
-    n, device = len(seeds), seeds.device
-    colour_name = torch.zeros(n, dtype=torch.long, device=device)
-    parts: dict[str, Tensor] = {}
-    for index, build in enumerate(KINDS.values()):
-        rows = (kind == index).nonzero().squeeze(1)
-        if len(rows) == 0:
-            continue
-        builder = Builder(seeds[rows], stream=index + 1)
-        build(builder)
-        colour_name[rows] = builder.main_name
-        for name, value in builder.finish(PARTS).items():
-            if name not in parts:
-                parts[name] = torch.zeros((n, *value.shape[1:]), dtype=value.dtype, device=device)
-            parts[name][rows] = value
-    return _normalised(Objects(seed=seeds, kind=kind, colour_name=colour_name, **parts))
-
-
-def _normalised(objects: Objects) -> Objects:
-    points = objects.surface_points(48, torch.Generator().manual_seed(0))
-    used = (objects.size[..., 0] > 0)[..., None, None]
-    low = torch.where(used, points, 9.0).flatten(1, 2).amin(1)
-    high = torch.where(used, points, -9.0).flatten(1, 2).amax(1)
-    middle = (0.5 * (low + high))[:, None, :]
-    distance = torch.where(used[..., 0], (points - middle[:, :, None]).norm(dim=-1), 0.0)
-    factor = (RADIUS / distance.flatten(1).amax(1))[:, None, None]
-    objects.centre = (objects.centre - middle) * factor
-    objects.size = objects.size * factor
-    return objects
-
-
-def caption(objects: Objects, index: int) -> str:
-    """What the object is, in words: "a red house"."""
-    from .kinds import KINDS
-
-    return f"a {COLOURS[int(objects.colour_name[index])]} {list(KINDS)[int(objects.kind[index])]}"
