@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before anything imports huggingface_hub and torch, which read them once.
@@ -18,6 +19,9 @@ from command_line import SECONDS, CommandLine, save_object_picture
 import imagedream_rt
 from imagedream_rt.engine.asset import Asset
 from imagedream_rt.engine.config import PRESETS
+
+# A run started in the background inherits an ignored Ctrl-C, and the tests of interrupts need one that works.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:
