@@ -14,6 +14,10 @@ import pytest
 import torch
 from command_line import SECONDS, CommandLine, save_object_picture
 
+# Before any kernel is defined: without a GPU, Triton's interpreter runs the kernels' tests.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Before pytest visits the checkout's own __init__.py: in a checkout that is named imagedream_rt it would
 # otherwise be imported under that name, in place of the installed package.
 import imagedream_rt
@@ -50,6 +54,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.delenv("IMAGEDREAM_RT_DEBUG", raising=False)
     return CommandLine(capsys)
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where kernels are tested: the GPU, or the CPU in Triton's interpreter."""
+    pytest.importorskip("triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -254,7 +254,9 @@ def test_no_optional_package_at_import(path: Path) -> None:
             named |= {alias.name.split(".")[0] for alias in node.names}
         elif node.level == 0:
             named.add((node.module or "").split(".")[0])
-    assert not named & optional
+    # Kernels are decorated when their module is imported: this one module asks whether Triton is there.
+    allowed = {"triton"} if path == Path("kernels", "_triton.py") else set()
+    assert named & optional == allowed
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "kernels"], ids=str)

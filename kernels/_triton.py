@@ -1,0 +1,76 @@
+"""The one place that imports Triton: whether it can be used, and for which tensors.
+
+Kernels are written with :func:`jit` and ``tl`` from here, in modules that begin with ``from __future__ import
+annotations``, so that they import where Triton is missing; there they are never launched.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a speed-up, not a need: every kernel has a plain PyTorch reference beside it
+    triton = None
+    tl: Any = None  # type: ignore[no-redef]
+
+KernelBackend = Literal["auto", "triton", "torch"]
+"""``auto``: Triton on CUDA devices that can run it, else plain PyTorch; the others force one of the two."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""Ampere: the kernels count on its asynchronous copies and bfloat16."""
+
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def jit(function: Any) -> Any:
+    """``triton.jit``; without Triton the function as it is, which is then never launched."""
+    return function if triton is None else triton.jit(function)
+
+
+def constant(value: Any) -> Any:
+    """A module constant that kernels may read."""
+    return value if triton is None else tl.constexpr(value)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU (environment variable TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device: torch.device) -> bool:
+    return triton is not None and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+
+
+def use_triton(
+    backend: str, *tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = HALF_AND_SINGLE
+) -> bool:
+    """Whether the Triton kernel computes a function of these tensors (None: an argument left out).
+
+    ``auto`` says yes for CUDA tensors of the ``dtypes`` on a device that runs Triton, and no while a model is
+    exported. Raises ``ValueError`` for an unknown backend, or if ``triton`` is asked for tensors that it
+    cannot take, and ``ImportError`` if it is not installed.
+    """
+    if backend == "torch":
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    fitting = all(tensor.dtype in dtypes for tensor in given)
+    if backend == "auto":
+        cuda = all(tensor.is_cuda for tensor in given)
+        return cuda and fitting and not torch.compiler.is_exporting() and _runs_on(given[0].device)
+    if backend != "triton":
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(get_args(KernelBackend))}")
+    if triton is None:
+        raise ImportError("backend 'triton' needs the package triton: pip install triton")
+    if not fitting:
+        found = ", ".join(sorted({str(tensor.dtype) for tensor in given}))
+        raise ValueError(f"backend 'triton' takes {', '.join(map(str, dtypes))}, got {found}")
+    if not interpreted() and not all(tensor.is_cuda for tensor in given):
+        raise ValueError("backend 'triton' needs tensors on a CUDA device; the CPU runs backend 'torch'")
+    return True

@@ -1,0 +1,145 @@
+"""Choosing launch configurations: the fastest of a few candidates, measured once for each device and shape.
+
+What was measured is kept in a file for each device, so that the next process starts with it. Without a
+measurement (in the interpreter, or while a CUDA graph is being captured) the first candidate is used, so a
+kernel's candidates begin with the best general choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._triton import interpreted, triton
+
+Key = tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to launch a kernel: compile-time constants, warps and pipeline stages."""
+
+    constants: tuple[tuple[str, int], ...]
+    warps: int = 4
+    stages: int = 2
+
+    @classmethod
+    def of(cls, warps: int = 4, stages: int = 2, **constants: int) -> Launch:
+        return cls(tuple(constants.items()), warps, stages)
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.constants)[name]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the kernel call."""
+        return {**dict(self.constants), "num_warps": self.warps, "num_stages": self.stages}
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={value}" for name, value in self.constants)
+        return f"{sizes} warps={self.warps} stages={self.stages}"
+
+
+class Tuned:
+    """The choice among a kernel's candidates, remembered for each device and key.
+
+    ``kernel`` is the jitted function: a change of its source makes old measurements void.
+    """
+
+    def __init__(self, name: str, kernel: Any, candidates: Callable[..., Sequence[Launch]]) -> None:
+        self.name = name
+        self.kernel = kernel
+        self.candidates = candidates
+        self._chosen: dict[tuple[int, Key], Launch] = {}
+
+    def choose(self, device: torch.device, key: Key, run: Callable[[Launch], None]) -> Launch:
+        """The launch for ``key``, the arguments of ``candidates``.
+
+        ``run`` launches the kernel once and may be called often: what it writes must not depend on what was
+        there before.
+        """
+        index = device.index or 0
+        if launch := self._chosen.get((index, key)):
+            return launch
+        candidates = self.candidates(*key)
+        if interpreted() or device.type != "cuda":
+            return candidates[0]
+        if len(candidates) > 1:
+            path, entry = cache_file(device), self._entry(key)
+            names = {str(candidate): candidate for candidate in candidates}
+            launch = names.get(_read(path).get(entry, ""))
+            if launch is None:
+                if torch.cuda.is_current_stream_capturing():
+                    return candidates[0]
+                launch = self._measure(key, candidates, run)
+                _write(path, entry, str(launch))
+        else:
+            launch = candidates[0]
+        self._chosen[(index, key)] = launch
+        return launch
+
+    def _measure(self, key: Key, candidates: Sequence[Launch], run: Callable[[Launch], None]) -> Launch:
+        times: dict[Launch, float] = {}
+        for number, candidate in enumerate(candidates, start=1):
+            _say(f"tuning {self.name} for {', '.join(map(str, key))}: {number} of {len(candidates)}")
+            # A candidate may ask for more shared memory or registers than this device has.
+            with contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError):
+                run(candidate)
+                times[candidate] = triton.testing.do_bench_cudagraph(
+                    lambda candidate=candidate: run(candidate), rep=5, return_mode="median"
+                )
+        _say("")
+        if not times:
+            raise RuntimeError(f"no configuration of {self.name} runs on this device for {key}")
+        return min(times, key=times.__getitem__)
+
+    def _entry(self, key: Key) -> str:
+        return f"{self.name}({', '.join(map(str, key))}) {_source_hash(self.kernel)}"
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where the choices for a device are kept; the environment variable IMAGEDREAM_RT_CACHE moves the folder."""
+    folder = os.environ.get("IMAGEDREAM_RT_CACHE")
+    root = Path(folder) if folder else Path.home() / ".cache" / "imagedream_rt"
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-")
+    return root / f"tuned-{name}-triton-{triton.__version__}.json"
+
+
+def _source_hash(kernel: Any) -> str:
+    return hashlib.sha256(str(kernel.cache_key).encode()).hexdigest()[:12]
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, entry: str, launch: str) -> None:
+    """Add one choice. A folder that cannot be written only costs the next process its start."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({**_read(path), entry: launch}, indent=1, sort_keys=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(content)
+        os.replace(file.name, path)
+
+
+def _say(line: str) -> None:
+    """One line that overwrites itself, where somebody looks."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
