@@ -138,6 +138,7 @@ def test_no_density_above_the_threshold_stops() -> None:
 
 @pytest.mark.gpu
 def test_warp_finds_the_surface_that_scikit_image_finds(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("warp")
     volume = scene()
     on_gpu = Volume(volume.values.cuda(), volume.lower, volume.spacing)
     with caplog.at_level(logging.WARNING):
