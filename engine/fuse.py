@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from . import losses
-from .cameras import sample_cameras
 from .checkpoint import config_to_json, differences, read_tensors, write_tensors
 from .config import FusionConfig
-from .distill import Guidance, matched_colour, timestep_range
+from .distill import Guidance, matched_colour
+from .draws import draw_step
 from .errors import Cancelled, FusionError, InputError
 from .field_state import OWN, Backends, FieldState
 from .fused_field import CHECKPOINT_KIND, FusedField
-from .model import VIEWS, Cancel, Progress
+from .model import Cancel, Progress
 from .nerf.render import RenderOutput, render
-from .nerf.shading import ALBEDO, Shading
-from .random_streams import RandomStreams
 from .run_context import deterministic, interrupt_between_steps
 from .warm_start import ViewSource, WarmStartFit, sampling_steps
 
@@ -219,16 +217,15 @@ class Fusion:
         stage = config.stage_at(step)
         fitted = 0 if config.warm_start is None else config.warm_start.fit_steps
         state.occupancy.update(fitted + step, state.field.density, streams["occupancy"])
-        cameras = sample_cameras(config.camera, stage.views // VIEWS, streams["cameras"]).to(self.device)
-        shading = draw_shading(config, step, streams)
-        colour = draw_background(config, streams)
+        draws = draw_step(config, step, streams)
+        cameras, colour = draws.cameras.to(self.device), draws.background
         out = render(
             state.field,
             state.background,
             state.occupancy,
             cameras.rays(stage.resolution),
             light_positions=cameras.light_positions,
-            shading=shading,
+            shading=draws.shading,
             background_colour=None if colour is None else colour.to(self.device),
             jitter=streams["jitter"],
             config=config.render,
@@ -236,10 +233,8 @@ class Fusion:
             with_normals=config.lambda_orient.at(step) != 0.0,
         )
         latents = self.guidance.encode(out.rgb, streams["vae"])
-        least, greatest = timestep_range(config, step)
-        t = int(torch.randint(least, greatest + 1, (), generator=streams["timesteps"]))
         seen = matched_colour(out.background_rgb if colour is None else colour, config.background_match)
-        target = self.guidance.target(latents.detach(), cameras, seen, t, streams["noise"])
+        target = self.guidance.target(latents.detach(), cameras, seen, draws.t, streams["noise"])
         values = {"sds": losses.reconstruction_loss(latents, target)}
         total = config.lambda_sds * values["sds"]
         for name, weight in self._regularisers(step).items():
@@ -270,24 +265,6 @@ def _regulariser(name: str, out: RenderOutput) -> Tensor:
     if name == "opaque":
         return losses.opaque_loss(out.opacity)
     return losses.z_variance_loss(out.z_variance, out.opacity)
-
-
-def draw_shading(config: FusionConfig, step: int, streams: RandomStreams) -> Shading:
-    """Albedo at first; later albedo, textureless or shaded, with diffuse light d ~ U[0, 1) and ambient 1 - d.
-
-    Three draws a step whatever comes out. Source: released ``diffuse_with_point_light_material``.
-    """
-    diffuse, albedo, textureless = (streams.uniform("shading") for _ in range(3))
-    if step < config.albedo_only_until or albedo < config.albedo_probability:
-        return ALBEDO
-    return Shading(1.0 - diffuse, diffuse, textureless < config.textureless_probability)
-
-
-def draw_background(config: FusionConfig, streams: RandomStreams) -> Tensor | None:
-    """One random RGB [3] on the CPU for the whole step with probability ``random_background``, else None."""
-    chosen = streams.uniform("background") < config.random_background
-    colour = torch.rand(3, generator=streams["background"])
-    return colour if chosen else None
 
 
 def _floats(values: dict[str, Tensor]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ from imagedream_rt.engine.checkpoint import config_from_json, config_to_json, re
 from imagedream_rt.engine.config import DRAFT, OFFICIAL, PRESETS, FieldConfig
 from imagedream_rt.engine.errors import Cancelled, FusionError, InputError
 from imagedream_rt.engine.field_state import Backends
-from imagedream_rt.engine.fuse import EMPTY_STEPS, Fusion, draw_background, draw_shading
+from imagedream_rt.engine.fuse import EMPTY_STEPS, Fusion
 from imagedream_rt.engine.fused_field import FusedField
 from imagedream_rt.engine.random_streams import DEVICE, HOST, RandomStreams, stream_seed
 
@@ -32,31 +31,6 @@ def test_stages_timesteps_and_colours_follow_the_settings():
     assert len(set(guidance.timesteps)) > 1
     assert len(set(guidance.colours)) == 8
     assert all(red == green == blue for red, green, blue in guidance.colours)
-
-
-def test_shading_as_released():
-    """Albedo until step 5000; then albedo 1/4, textureless 3/8, shaded 3/8, ambient = 1 - diffuse."""
-    streams = RandomStreams(0, CPU)
-    early = {draw_shading(OFFICIAL, step, streams) for step in range(4900, 5000)}
-    assert {(shading.ambient, shading.diffuse, shading.textureless) for shading in early} == {
-        (1.0, 0.0, False)
-    }
-    late = [draw_shading(OFFICIAL, 5000, streams) for _ in range(4000)]
-    kinds = Counter(
-        "albedo" if s.ambient == 1.0 else "textureless" if s.textureless else "shaded" for s in late
-    )
-    assert kinds["albedo"] / 4000 == pytest.approx(0.25, abs=0.03)
-    assert kinds["textureless"] / 4000 == pytest.approx(0.375, abs=0.03)
-    assert all(s.ambient + s.diffuse == pytest.approx(1.0) for s in late)
-    assert sum(s.diffuse for s in late if s.ambient != 1.0) / 3000 == pytest.approx(0.5, abs=0.03)
-
-
-def test_background_is_random_half_of_the_time():
-    streams = RandomStreams(0, CPU)
-    drawn = [draw_background(OFFICIAL, streams) for _ in range(2000)]
-    colours = [colour for colour in drawn if colour is not None]
-    assert len(colours) / 2000 == pytest.approx(0.5, abs=0.05)
-    torch.testing.assert_close(torch.stack(colours).mean(0), torch.full((3,), 0.5), atol=0.03, rtol=0)
 
 
 def test_random_streams_do_not_depend_on_each_other():
