@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from .errors import InputError
 from .model import MultiViewModel
 from .picture import PreparedPicture, composite
 from .vae import LatentCodec
+
+Level = tuple[int, int, int]
+"""RGB in whole levels, 0 to 255."""
 
 CACHED_COLOURS = 256
 """How many background colours a conditioner remembers: every grey level."""
@@ -93,31 +97,36 @@ class Conditioner:
         if not all(math.isfinite(value) for value in colour):
             raise InputError(f"the background colour is {colour}; it must be finite")
         red, green, blue = (int(255.0 * min(max(value, 0.0), 1.0)) for value in colour)
-        level = (red, green, blue)
+        level: Level = (red, green, blue)
         if level in self._cache:
             self._cache.move_to_end(level)
             return self._cache[level]
-        # Whoever asks first may be sampling in inference mode, and later askers not: keep ordinary tensors.
-        with torch.inference_mode(False), torch.no_grad():
-            conditioning = self._encode(level)
-        self._cache[level] = conditioning
+        conditioning = self._cache[level] = self.encode([level])[0]
         if len(self._cache) > CACHED_COLOURS:
             self._cache.popitem(last=False)
         return conditioning
 
-    def _encode(self, level: tuple[int, int, int]) -> Conditioning:
+    def encode(self, levels: Sequence[Level]) -> list[Conditioning]:
+        """The conditions over each of some colours, given as integer levels 0..255; in one batch, not cached."""
+        # Whoever asks first may be sampling in inference mode, and later askers not: keep ordinary tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._encode(levels)
+
+    def _encode(self, levels: Sequence[Level]) -> list[Conditioning]:
         model, vision = self.model, self.model.vision
         if self.picture is None or vision is None:
-            return Conditioning(self._context, None, None, None)
-        rgb = composite(self.picture.rgba, level)
-        pixels = vision.preprocess(rgb)[None].to(model.device)
+            return [Conditioning(self._context, None, None, None)] * len(levels)
+        pictures = [composite(self.picture.rgba, level) for level in levels]
+        pixels = torch.stack([vision.preprocess(rgb) for rgb in pictures]).to(model.device)
         encode = vision.pooled if model.card.controller == "global" else vision.hidden
         features = encode(pixels)
         if self._tokens_of_nothing is None:
-            self._tokens_of_nothing = model.unet.embed_image(torch.zeros_like(features))
-        tokens = torch.cat([model.unet.embed_image(features), self._tokens_of_nothing])
+            self._tokens_of_nothing = model.unet.embed_image(torch.zeros_like(features[:1]))
+        nothing = self._tokens_of_nothing
+        tokens = [torch.cat([row, nothing]) for row in model.unet.embed_image(features).split(1)]
         if model.card.controller != "pixel":
-            return Conditioning(self._context, tokens, None, None)
-        seen = model.vae.preprocess(rgb, model.card.picture_px)[None].to(model.device)
-        mean, std = model.vae.moments(seen)
-        return Conditioning(self._context, tokens, mean, std)
+            return [Conditioning(self._context, row, None, None) for row in tokens]
+        px = model.card.picture_px
+        seen = torch.stack([model.vae.preprocess(rgb, px) for rgb in pictures]).to(model.device)
+        mean, std = (moment.split(1) for moment in model.vae.moments(seen))
+        return [Conditioning(self._context, *rows) for rows in zip(tokens, mean, std, strict=True)]

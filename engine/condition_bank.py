@@ -1,0 +1,64 @@
+"""The conditions of a whole fusion as tensors on the device, so that a captured step can choose among them.
+
+The released fusion puts the grey of the rendered background's mean behind the prompt, truncated to one of 256
+levels: all of them are encoded once, and a step picks its own by an index that never leaves the device. Where
+the colour is matched, levels are too many: the host encodes what a step needs before the step begins.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioner, Conditioning
+from .model import Progress
+
+LEVELS = 256
+BATCH = 16
+
+
+class Conditions(Protocol):
+    """Where a step takes its conditions from."""
+
+    def at(self, background_rgb: Tensor) -> Conditioning:
+        """For the rendered background [..., 3]; tensors only, without waiting for the device."""
+        ...
+
+
+class GreyBank:
+    """The conditions over every grey level, [256, ...] each, as :meth:`Conditioner.at_grey` gives them."""
+
+    def __init__(self, conditioner: Conditioner, on_progress: Progress | None = None) -> None:
+        found: list[Conditioning] = []
+        for start in range(0, LEVELS, BATCH):
+            found += conditioner.encode([(level,) * 3 for level in range(start, start + BATCH)])
+            if on_progress is not None:
+                on_progress("condition", start + BATCH, LEVELS)
+        self.context = found[0].context
+        self.image_tokens = _stack([one.image_tokens for one in found])
+        self.image_mean = _stack([one.image_mean for one in found])
+        self.image_std = _stack([one.image_std for one in found])
+
+    def at(self, background_rgb: Tensor) -> Conditioning:
+        mean = background_rgb.detach().float().mean()
+        return self.at_level((mean.clamp(0.0, 1.0) * 255.0).long().reshape(1))
+
+    def at_level(self, level: Tensor) -> Conditioning:
+        """For one level, int64 [1] in 0..255 on the device."""
+        return Conditioning(
+            self.context,
+            _row(self.image_tokens, level),
+            _row(self.image_mean, level),
+            _row(self.image_std, level),
+        )
+
+
+def _stack(tensors: list[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
+
+
+def _row(table: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if table is None else table.index_select(0, index)[0]

@@ -1,0 +1,51 @@
+"""The bank of all grey levels gives what the conditioner gives."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from imagedream_rt.engine.condition_bank import LEVELS, GreyBank
+from imagedream_rt.engine.conditioning import Conditioner
+from imagedream_rt.engine.distill import matched_colour
+from imagedream_rt.engine.model import Controller
+from imagedream_rt.engine.picture import PreparedPicture
+from imagedream_rt.engine.weights import load_model
+
+
+@cache
+def pair(controller: Controller) -> tuple[Conditioner, GreyBank]:
+    model = load_model("random:tiny", controller=controller, device="cpu")
+    rgba = np.random.default_rng(0).integers(0, 256, (48, 48, 4), dtype=np.uint8)
+    conditioner = Conditioner(model, PreparedPicture(rgba), "a cat", "ugly")
+    return conditioner, GreyBank(conditioner)
+
+
+@pytest.mark.parametrize("controller", ["pixel", "local"])
+@pytest.mark.parametrize("grey", [0.0, 0.4999, 0.7, 1.0])
+def test_bank_equals_conditioner(controller: Controller, grey: float):
+    conditioner, bank = pair(controller)
+    background = (grey + 0.1 * (torch.rand(4, 8, 8, 3) - 0.5)).clamp(0, 1) if 0 < grey < 1 else grey
+    background = torch.as_tensor(background).expand(4, 8, 8, 3)
+    expected = conditioner.at(matched_colour(background, "grey"))
+    found = bank.at(background)
+    for name in ("context", "image_tokens", "image_mean", "image_std"):
+        one, other = getattr(found, name), getattr(expected, name)
+        if other is None:
+            assert one is None
+        else:
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-4)
+
+
+def test_levels_differ_and_progress_is_told():
+    conditioner, bank = pair("pixel")
+    means = [bank.at_level(torch.tensor([level])).image_mean for level in (0, 1, 128, 255)]
+    assert all((one - other).abs().max() > 1e-6 for one, other in pairwise(means))
+    told: list[tuple[str, int, int]] = []
+    GreyBank(conditioner, lambda *progress: told.append(progress))
+    assert told[-1] == ("condition", LEVELS, LEVELS)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
