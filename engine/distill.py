@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .config import FusionConfig
 from .model import VIEWS, MultiViewModel
-from .sampler import denoise, denoise_guided
+from .sampler import denoise
 from .schedule import TRAIN_STEPS, predict_x0, q_sample
 
 if TYPE_CHECKING:
     from .cameras import Cameras
-    from .conditioning import Conditioner
+    from .conditioning import Conditioner, Conditioning
 
 STD_FLOOR = 1e-8
 
@@ -121,26 +121,38 @@ class MultiViewGuidance:
     def target(
         self, latents: Tensor, cameras: Cameras, colour: Colour, t: int, generator: torch.Generator
     ) -> Tensor:
-        """Draws the noise of the views, then that of the prompt latent, from ``generator``."""
-        conditioning = self.conditioner.at(colour)
         timestep = torch.tensor(t, device=latents.device)
+        camera = cameras.embedding().to(latents.device)
+        return self.target_given(self.conditioner.at(colour), latents, camera, timestep, generator)
+
+    @torch.no_grad()
+    def target_given(
+        self,
+        conditioning: Conditioning,
+        latents: Tensor,
+        camera: Tensor,
+        timestep: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """:meth:`target` under given conditions: a function of tensors, which never waits for the device.
+
+        ``camera`` [V, 16] embeddings, ``timestep`` integer []. Draws the noise of the views, then that of the
+        prompt latent, from ``generator``.
+        """
         noise = self._noise(len(latents), generator)
         noisy = q_sample(latents.detach(), timestep, noise, self.alphas_cumprod)
         prompt_noise = self._noise(1, generator)
-        camera = cameras.embedding().to(latents.device)
         scale = self.config.guidance_scale
         if scale == 1.0:
             # Guidance and rescale then change nothing: half the work.
             conditioning = conditioning.conditional()
-            image_latent = conditioning.image_latent(prompt_noise, self.model.vae)
-            eps = denoise(self.model, noisy, timestep, camera, conditioning, image_latent)[0]
-            return predict_x0(noisy, eps, timestep, self.alphas_cumprod)
         image_latent = conditioning.image_latent(prompt_noise, self.model.vae)
-        eps_cond, eps_uncond = denoise_guided(self.model, noisy, timestep, camera, conditioning, image_latent)
+        eps = denoise(self.model, noisy, timestep, camera, conditioning, image_latent)
+        if scale == 1.0:
+            return predict_x0(noisy, eps[0], timestep, self.alphas_cumprod)
         return reconstruction_target(
             noisy,
-            eps_cond,
-            eps_uncond,
+            *eps,
             timestep,
             self.alphas_cumprod,
             guidance_scale=scale,

@@ -93,7 +93,7 @@ def test_guidance_of_one_skips_the_unconditional_half(model, guidance, monkeypat
     plain = MultiViewGuidance(model, guidance.conditioner, replace(TINY, guidance_scale=1.0))
     nearly = MultiViewGuidance(model, guidance.conditioner, replace(TINY, guidance_scale=1.0 + 1e-7))
     both = nearly.target(latents, cameras, (0.5, 0.5, 0.5), 300, seeded(2))
-    monkeypatch.delattr("imagedream_rt.engine.distill.denoise_guided")
+    monkeypatch.delattr("imagedream_rt.engine.distill.reconstruction_target")
     torch.testing.assert_close(
         plain.target(latents, cameras, (0.5, 0.5, 0.5), 300, seeded(2)), both, rtol=1e-4, atol=1e-5
     )
