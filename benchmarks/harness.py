@@ -19,6 +19,11 @@ from torch import Tensor
 Result = Tensor | tuple[Tensor, ...]
 Contender = Callable[[], Result]
 
+OURS = "ours"
+"""Name of this package's contender."""
+WARM_UP, REPEATS = 3, 50
+"""Calls before the clock starts, and measurements of which the median and the percentiles are taken."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -62,30 +67,43 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run measured and where; ``ceilings``: rates of a large matrix product and a large copy."""
+    """What a run measured, how and where; ``ceilings``: rates of a large matrix product and a large copy."""
 
     device: str
     versions: dict[str, str]
     ceilings: dict[str, float]
     rows: list[Row]
+    warm_up: int = WARM_UP
+    repeats: int = REPEATS
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def measure(cases: Iterable[Case], on_row: Callable[[Row], None] | None = None) -> Report:
+OnCase = Callable[[list[Row], dict[str, float]], None]
+"""Given the rows of each finished case and the ceilings by unit."""
+
+
+def measure(cases: Iterable[Case], on_case: OnCase | None = None) -> Report:
     """Check and time every contender of every case, on the current CUDA device."""
+    limits = ceilings()
     rows = []
     for case in cases:
         with torch.no_grad():
             wanted = _tensors(case.reference())
-        for name, contender in case.contenders.items():
-            row = _row(case, name, contender, wanted)
-            rows.append(row)
-            if on_row:
-                on_row(row)
+        found = [_row(case, name, contender, wanted) for name, contender in case.contenders.items()]
+        rows += found
+        if on_case:
+            on_case(found, limits)
+        del case, wanted
         torch.cuda.empty_cache()
-    return Report(torch.cuda.get_device_name(), versions(), ceilings(), rows)
+    return Report(torch.cuda.get_device_name(), versions(), limits, rows)
+
+
+def best_peer(rows: Iterable[Row]) -> Row | None:
+    """The fastest row that is not ours, of the rows of one case; None where no peer has a time."""
+    timed = [row for row in rows if row.contender != OURS and row.median_us is not None]
+    return min(timed, key=lambda row: row.median_us or 0.0, default=None)
 
 
 def _row(case: Case, name: str, contender: Contender, wanted: tuple[Tensor, ...]) -> Row:
@@ -98,7 +116,7 @@ def _row(case: Case, name: str, contender: Contender, wanted: tuple[Tensor, ...]
             problem = f"wrong: relative error {error:.1e}, allowed {case.tolerance:.0e}"
             return Row(case.kernel, case.name, name, None, None, None, None, case.unit, error, graph, problem)
         p10, median, p90 = time_us(contender, graph=graph)
-    except (RuntimeError, ImportError, ValueError) as failure:
+    except Exception as failure:  # whatever a library raises, the others can still be measured
         problem = " ".join(str(failure).split())[:200] or type(failure).__name__
         return Row(case.kernel, case.name, name, None, None, None, None, case.unit, None, graph, problem)
     rate = case.work / median * 1e-6
@@ -106,14 +124,14 @@ def _row(case: Case, name: str, contender: Contender, wanted: tuple[Tensor, ...]
 
 
 def time_us(
-    function: Callable[[], Any], *, graph: bool = True, repeats: int = 50
+    function: Callable[[], Any], *, graph: bool = True, repeats: int = REPEATS
 ) -> tuple[float, float, float]:
     """10th percentile, median and 90th percentile of one call's device time in microseconds.
 
     With ``graph`` a CUDA graph of several calls is replayed, enough of them for a millisecond; without it
     single calls are timed between events, their launch cost included. The caches stay warm.
     """
-    for _ in range(3):
+    for _ in range(WARM_UP):
         function()
     torch.cuda.synchronize()
     calls = 1
@@ -122,7 +140,7 @@ def time_us(
         once = _capture(function, 1)
         calls = max(1, min(200, int(1000 / max(_elapsed_us(once), 1.0))))
         run = _capture(function, calls)
-    for _ in range(3):
+    for _ in range(WARM_UP):
         run()
     times = sorted(_elapsed_us(run) / calls for _ in range(repeats))
     return times[repeats // 10], statistics.median(times), times[-1 - repeats // 10]
@@ -163,7 +181,9 @@ def ceilings() -> dict[str, float]:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Relative L2 error, computed in float64; NaN counts as infinite."""
+    """Relative L2 error, computed in float64; NaN counts as infinite. ``ValueError`` for another shape."""
+    if found.shape != wanted.shape:
+        raise ValueError(f"wrong: shape {list(found.shape)}, must be {list(wanted.shape)}")
     difference = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
     return float(difference.nan_to_num(nan=float("inf")))
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from . import cli_bench, cli_training
 from . import cli_options as opt
-from . import cli_training
 from .cli_job import PROGRAM, fusion_config, load_pipeline, prepared_picture, resumable, work
 from .cli_output import MESH_SUFFIXES, print_doctor, print_error, print_info, print_written, set_up_libraries
 from .errors import ImageDreamError
@@ -265,6 +265,8 @@ def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
     print_doctor(found, as_json)
 
 
+app.add_typer(cli_bench.bench, name="bench")
+app.command()(cli_bench.warmup)
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 

@@ -28,7 +28,9 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 @contextmanager
 def work(debug: bool) -> Iterator[Stages]:
     """Progress on stderr, and stdout kept free for the result."""
-    with only_our_words(debug), Stages() as on_progress:
+    from ..kernels._tuning import report_to
+
+    with only_our_words(debug), Stages() as on_progress, report_to(on_progress.tuning):
         yield on_progress
 
 

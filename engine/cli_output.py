@@ -28,6 +28,7 @@ STAGES = {
     "fuse": "fuse (MV-SDS)",
     "mesh": "extract the mesh",
     "files": "write the files",
+    "warm-up": "run and tune the kernels",
 }
 
 
@@ -46,11 +47,18 @@ class Stages:
             redirect_stdout=False,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._tuning = self._bars.add_task("", visible=False)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(STAGES.get(stage, stage), total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def tuning(self, what: str, done: int, total: int) -> None:
+        """A bar that is there only while a kernel's launch configuration is being chosen."""
+        self._bars.update(
+            self._tuning, description=what, completed=done, total=total, visible=done < total, refresh=True
+        )
 
     def __enter__(self) -> Stages:
         self._bars.start()
@@ -167,7 +175,7 @@ def print_info(info: ModelInfo, as_json: bool) -> None:
 
 
 def print_doctor(report: dict[str, Any], as_json: bool) -> None:
-    """What this machine offers, in four tables."""
+    """What this machine offers, in tables."""
     if as_json:
         print_json(report)
         return
@@ -183,3 +191,5 @@ def print_doctor(report: dict[str, Any], as_json: bool) -> None:
     ]
     print_table("\npackages", packages)
     print_table("\nkernels", list(report["kernels"].items()))
+    if tuned := report["tuned"]:
+        print(f"{tuned['configurations']} tuned launch configurations in {tuned['file']}")

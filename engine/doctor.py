@@ -8,9 +8,12 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _optional
+
+if TYPE_CHECKING:
+    import torch
 
 State = Literal["active", "on request", "missing", "unused"]
 
@@ -114,17 +117,42 @@ def packages() -> list[PackageReport]:
 
 
 def kernels() -> dict[str, str]:
-    """Which implementation each kernel runs, by kernel name."""
-    folder = import_module("..kernels", __package__).__path__
-    return {
-        module.name: "PyTorch reference"
-        for module in iter_modules(folder)
-        if not module.name.startswith("_") and not module.ispkg
-    }
+    """What computes each kernel on the default device, and why where it is not Triton; by kernel name."""
+    from ..kernels._triton import obstacle, triton
+
+    gpu = _default_gpu()
+    reason = obstacle(gpu)
+    if reason is not None:
+        return dict.fromkeys(_dispatching(), f"PyTorch: {reason}")
+    return dict.fromkeys(_dispatching(), f"Triton {triton.__version__} on {devices()[0].name}")
+
+
+def tuned() -> dict[str, Any]:
+    """``file`` with the launch configurations chosen for the default device, and how many; empty without kernels."""
+    from ..kernels._triton import obstacle
+    from ..kernels._tuning import cache_file, tuned_count
+
+    gpu = _default_gpu()
+    if gpu is None or obstacle(gpu) is not None:
+        return {}
+    return {"file": str(cache_file(gpu)), "configurations": tuned_count(gpu)}
+
+
+def _default_gpu() -> torch.device | None:
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else None
+
+
+def _dispatching() -> list[str]:
+    """Modules of the kernels that choose between Triton and PyTorch: the others are parts of them."""
+    package = import_module("..kernels", __package__)
+    names = [module.name for module in iter_modules(package.__path__) if not module.name.startswith("_")]
+    return [name for name in names if hasattr(import_module(f"{package.__name__}.{name}"), "use_triton")]
 
 
 def report() -> dict[str, Any]:
-    """All of it, JSON-ready: ``default_device``, ``devices``, ``versions``, ``packages``, ``kernels``."""
+    """All of it, JSON-ready: ``default_device``, ``devices``, ``versions``, ``packages``, ``kernels``, ``tuned``."""
     found = devices()
     return {
         "default_device": found[0].device,
@@ -133,4 +161,5 @@ def report() -> dict[str, Any]:
         "executable": sys.executable,
         "packages": [asdict(package) for package in packages()],
         "kernels": kernels(),
+        "tuned": tuned(),
     }

@@ -43,9 +43,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def obstacle(device: torch.device | None) -> str | None:
+    """Why the kernels do not run on a device (None: there is no CUDA device); None where they do."""
+    if device is None or device.type != "cuda":
+        return "no CUDA device"
+    if triton is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        needed, found = (".".join(map(str, number)) for number in (OLDEST_CAPABILITY, capability))
+        return f"compute capability {found}, the kernels need {needed}"
+    return None
+
+
 @torch.compiler.assume_constant_result
 def _runs_on(device: torch.device) -> bool:
-    return triton is not None and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+    return obstacle(device) is None
 
 
 def use_triton(

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ import torch
 from ._triton import interpreted, triton
 
 Key = tuple[Hashable, ...]
+
+Report = Callable[[str, int, int], None]
+"""``report(what, done, total)``, before each measurement and, with ``done`` equal to ``total``, at the end."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,16 @@ class Tuned:
 
     def _measure(self, key: Key, candidates: Sequence[Launch], run: Callable[[Launch], None]) -> Launch:
         times: dict[Launch, float] = {}
-        for number, candidate in enumerate(candidates, start=1):
-            _say(f"tuning {self.name} for {', '.join(map(str, key))}: {number} of {len(candidates)}")
+        what = f"tuning {self.name} for {', '.join(map(str, key))}"
+        for number, candidate in enumerate(candidates):
+            _report(what, number, len(candidates))
             # A candidate may ask for more shared memory or registers than this device has.
             with contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError):
                 run(candidate)
                 times[candidate] = triton.testing.do_bench_cudagraph(
                     lambda candidate=candidate: run(candidate), rep=5, return_mode="median"
                 )
-        _say("")
+        _report(what, len(candidates), len(candidates))
         if not times:
             raise RuntimeError(f"no configuration of {self.name} runs on this device for {key}")
         return min(times, key=times.__getitem__)
@@ -116,6 +120,18 @@ def cache_file(device: torch.device) -> Path:
     return root / f"tuned-{name}-triton-{triton.__version__}.json"
 
 
+def tuned_count(device: torch.device) -> int:
+    """How many choices the cache file of a CUDA device holds."""
+    return len(_read(cache_file(device)))
+
+
+def compiled_folder() -> Path:
+    """Where Triton keeps compiled kernels."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    home = os.environ.get("TRITON_HOME")
+    return Path(folder) if folder else (Path(home) if home else Path.home()) / ".triton" / "cache"
+
+
 def _source_hash(kernel: Any) -> str:
     return hashlib.sha256(str(kernel.cache_key).encode()).hexdigest()[:12]
 
@@ -125,7 +141,9 @@ def _read(path: Path) -> dict[str, str]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {entry: launch for entry, launch in found.items() if isinstance(launch, str)}
 
 
 def _write(path: Path, entry: str, launch: str) -> None:
@@ -138,8 +156,24 @@ def _write(path: Path, entry: str, launch: str) -> None:
         os.replace(file.name, path)
 
 
-def _say(line: str) -> None:
+def _say(what: str, done: int, total: int) -> None:
     """One line that overwrites itself, where somebody looks."""
     if sys.stderr.isatty():
+        line = "" if done == total else f"{what}: {done + 1} of {total}"
         sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
+
+
+_report: Report = _say
+# Backward kernels are tuned in autograd's threads, which see no context variable of the caller's.
+
+
+@contextlib.contextmanager
+def report_to(report: Report) -> Iterator[None]:
+    """Say what is being tuned to ``report``, in the whole process, in place of a line on stderr."""
+    global _report
+    before, _report = _report, report
+    try:
+        yield
+    finally:
+        _report = before

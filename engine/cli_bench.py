@@ -1,0 +1,129 @@
+"""The commands about speed: ``bench kernels`` measures the kernels, ``warmup`` tunes them beforehand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from . import cli_options as opt
+from .cli_job import load_pipeline, work
+from .cli_output import print_files, print_json
+
+if TYPE_CHECKING:
+    from ..benchmarks.harness import Row
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed against the strongest peers, on a CUDA device.")
+
+
+@bench.command()
+def kernels(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Kernels to measure. Default: all.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for kernels.json and kernels.png.")
+    ] = Path("out/bench"),
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Every kernel against other implementations at ImageDream's shapes; each result is checked before it is timed."""
+    rows = _Rows(None if as_json else sys.stdout)
+    with work(debug):
+        from ..benchmarks.kernels import run, write
+        from .files import check_writable_folder
+
+        check_writable_folder(output)
+        report = run(names or (), rows)
+        written = write(report, output)
+        if len(written) == 1:
+            print("note: no picture: matplotlib is not installed (extra bench)", file=sys.stderr)
+    if as_json:
+        print_json({"files": [str(path) for path in written], **report.to_dict()})
+        return
+    print()
+    contents = {".json": "every figure, with device and versions", ".png": "the same as bars"}
+    print_files({path: contents[path.suffix] for path in written})
+
+
+def warmup(
+    model: opt.Model = "builtin:nano",
+    controller: opt.Controller = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = None,
+    preset: opt.Preset = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Compile and tune the kernels for a model before its first job, by a short run of everything a job does."""
+    with work(debug) as on_progress:
+        from ..kernels._triton import obstacle
+        from .warmup import cache_report, warm_up
+        from .weights import pick_device
+
+        target = pick_device(device)
+        reason = obstacle(target)
+        if reason is None:
+            pipe = load_pipeline(model, controller, device, dtype, "auto")
+            warm_up(pipe, preset, on_progress=on_progress)
+        found = cache_report(target)
+    if as_json:
+        print_json({"nothing_to_do": reason, **found})
+    elif reason is not None:
+        print(f"nothing to do: {reason}")
+    else:
+        print(f"{found['tuned']}  {found['configurations']} tuned configurations")
+        print(f"{found['compiled']}  compiled kernels")
+
+
+class _Rows:
+    """Prints the table case by case as it is measured, in columns of fixed widths."""
+
+    def __init__(self, file: object) -> None:
+        # The stream as it is now: while a command works, stdout is kept for results.
+        self._console = None if file is None else Console(file=file, highlight=False)  # type: ignore[arg-type]
+        self._kernel: str | None = None
+
+    def __call__(self, rows: list[Row], ceilings: dict[str, float]) -> None:
+        from ..benchmarks.harness import OURS, best_peer
+
+        if self._console is None:
+            return
+        peer = best_peer(rows)
+        if rows[0].kernel != self._kernel:
+            self._kernel, unit = rows[0].kernel, rows[0].unit
+            self._line(f"\n{self._kernel}", "bold")
+            head = ("case", "contender", "median µs", "p10-p90", unit, "of ceiling", "speed")
+            self._line(_COLUMNS.format(*head), "dim")
+        for row in rows:
+            style = "bold" if row.contender == OURS else ""
+            if row.median_us is None:
+                self._line(f"{row.case:<34} {row.contender:<22} {row.problem}", "yellow")
+                continue
+            assert row.p10_us is not None
+            assert row.p90_us is not None
+            assert row.rate is not None
+            spread = f"{row.p10_us:.1f}-{row.p90_us:.1f}"
+            share = f"{row.rate / ceilings[row.unit]:.0%} of {ceilings[row.unit]:.3g}"
+            speed = "" if peer is None or peer.median_us is None else f"{peer.median_us / row.median_us:.2f}x"
+            values = (
+                row.case,
+                row.contender,
+                f"{row.median_us:.1f}",
+                spread,
+                f"{row.rate:.3g}",
+                share,
+                speed,
+            )
+            self._line(_COLUMNS.format(*values), style)
+
+    def _line(self, text: str, style: str) -> None:
+        assert self._console is not None
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+_COLUMNS = "{:<34} {:<22} {:>10} {:>17} {:>8} {:>14} {:>7}"
