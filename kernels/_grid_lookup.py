@@ -14,6 +14,9 @@ come as a last axis behind it::
 
     scatter(p_grad, cell, fraction, level, m, g, (gx, gy, gz), F)  # or None in place of the three slopes
 
+With one level in a program and one point to a thread (BLOCK = 32 times the warps) nothing moves between
+threads; otherwise layouts of look-ups, additions and results differ and pass through shared memory.
+
 Coordinates are float32 in the unit cube, features and slopes float32 whatever the table is stored in, and
 slopes are derivatives by those coordinates. Cells and fractions are those of the plain PyTorch functions in
 ``hash_grid``, bit for bit, which matters to slopes: they jump at cell borders.
@@ -23,19 +26,30 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._triton import jit, tl
 
-if TYPE_CHECKING:
-    from .hash_grid import GridLevel
+PRIMES = (1, 2654435761, 805459861)
+"""Multipliers of the spatial hash (Mueller et al. 2022, equation 4)."""
 
 MOST_NUMBERS = 2**31
-"""Addresses within a table are 32 bits wide, so that registers suffice: rows x features stays below this."""
+"""Kernels number a table's features with 32 bits, for the registers' sake: rows x features stays below this."""
+
+
+@dataclass(frozen=True)
+class GridLevel:
+    """One level: where its entries lie in the table and how they are indexed."""
+
+    scale: float
+    resolution: int
+    offset: int
+    entries: int
+    hashed: bool
 
 
 def padded(levels: Sequence[GridLevel]) -> int:
@@ -51,8 +65,6 @@ def level_parameters(levels: tuple[GridLevel, ...], device: torch.device) -> Ten
     table, whether hashed. Made once for each grid and device, because the copy cannot be captured in a CUDA
     graph.
     """
-    from .hash_grid import PRIMES
-
     columns = []
     for level in levels:
         by_y, by_z = PRIMES[1:] if level.hashed else (level.resolution, level.resolution**2)

@@ -1,4 +1,4 @@
-"""Multiresolution hash encoding: value, Jacobian, and the gradients of both, in plain torch.
+"""Multiresolution hash encoding: value and Jacobian in one pass, and the gradients of both in one scatter.
 
 At level l the unit cube carries a grid of scale s_l = b g^l - 1; a point is looked up at p = s_l x + 1/2,
 and its feature is the trilinear mix of the eight corners of floor(p). A level whose r_l^3 vertices (r_l =
@@ -6,38 +6,39 @@ ceil(s_l) + 1) fit into the table is stored densely; otherwise vertices are hash
 "Instant Neural Graphics Primitives", section 3). Scales, offsets, indices and the layout of the parameters
 are those of tiny-cuda-nn's ``HashGrid``, so that tables can be exchanged.
 
-Data is kept with the samples last ([features, N]): every step is then one pass over contiguous memory, and
-the results handed out are transposed views of it.
+With corners c of weights w_c(x), products of p - floor(p) or 1 minus it, and table entries t_c,
+
+    value = sum_c w_c t_c,   Jacobian = sum_c t_c (grad w_c)^T,
+
+so that gradients dv of the value and dJ of the Jacobian reach an entry in one addition,
+
+    dt_c += w_c dv + dJ grad w_c.
+
+Results are kept with the samples last ([features, N]), so that every access to them is contiguous; what is
+handed out are transposed views.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._grid_lookup import MOST_NUMBERS, PRIMES, GridLevel
+from ._hash_grid_kernels import encode, scatter_gradients
+from ._triton import KernelBackend, use_triton
 from .perceptron import blocks
 
-PRIMES = (1, 2654435761, 805459861)
-"""Multipliers of the spatial hash (Mueller et al. 2022, equation 4)."""
-
 BLOCK = 2**20
-"""Points looked up together: bounds the work space, to about 200 MB with two features."""
+"""Points looked up together in plain PyTorch: bounds the work space, to about 200 MB with two features."""
 
+FEATURES = (1, 2, 4, 8)
+"""Features per level that the kernels know."""
 
-@dataclass(frozen=True)
-class GridLevel:
-    """One level: where its entries lie in the table and how they are indexed."""
-
-    scale: float
-    resolution: int
-    offset: int
-    entries: int
-    hashed: bool
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def grid_levels(levels: int, log2_table: int, base_resolution: int, growth: float) -> tuple[GridLevel, ...]:
@@ -95,15 +96,22 @@ def _overhang(level: GridLevel) -> int:
     return 0 if level.hashed else 1 + level.resolution + level.resolution**2
 
 
-class _HashEncode(torch.autograd.Function):
+class _Reference(torch.autograd.Function):
     """x [3, N], table [P, F] -> value [L F, N], and with ``jacobian`` also d value / d x [L F, 3, N]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, levels: tuple[GridLevel, ...], jacobian: bool) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        table: Tensor,
+        levels: tuple[GridLevel, ...],
+        jacobian: bool,
+        lookup: torch.dtype,
+    ) -> Any:
         features, n = table.shape[1], x.shape[1]
-        columns = table.t().contiguous()
-        value = table.new_empty(len(levels), features, n)
-        slope = table.new_empty(len(levels), features, 3, n) if jacobian else None
+        columns = table.to(lookup).t().to(x.dtype).contiguous()
+        value = x.new_empty(len(levels), features, n)
+        slope = x.new_empty(len(levels), features, 3, n) if jacobian else None
         for number, level in enumerate(levels):
             entries = columns[:, level.offset : level.offset + level.entries]
             entries = torch.cat((entries, entries[:, : _overhang(level)]), dim=1)
@@ -123,7 +131,7 @@ class _HashEncode(torch.autograd.Function):
                     here[:, 2] = b[:, 1] - b[:, 0]
                     here *= level.scale
         ctx.save_for_backward(x)
-        ctx.levels, ctx.table_shape = levels, table.shape
+        ctx.levels, ctx.table_shape, ctx.table_dtype = levels, table.shape, table.dtype
         ctx.set_materialize_grads(False)
         if slope is None:
             return value.flatten(0, 1)
@@ -151,7 +159,7 @@ class _HashEncode(torch.autograd.Function):
                 entries.index_add_(1, index, corner.view(features, -1))
             entries[:, :overhang] += entries[:, level.entries :]
             grad[:, level.offset : level.offset + level.entries] = entries[:, : level.entries]
-        return None, grad.t(), None, None
+        return None, grad.t().to(ctx.table_dtype), None, None, None
 
 
 def _spread(grad: Tensor, fraction: Tensor, grad_difference: Tensor | None = None) -> Tensor:
@@ -170,15 +178,56 @@ def _spread(grad: Tensor, fraction: Tensor, grad_difference: Tensor | None = Non
     return both
 
 
-def _check(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> None:
+class _Kernels(torch.autograd.Function):
+    """As :class:`_Reference`, but of x [N, 3] in any layout; ``count`` as in :func:`hash_encode`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        table: Tensor,
+        levels: tuple[GridLevel, ...],
+        jacobian: bool,
+        lookup: torch.dtype,
+        count: Tensor | None,
+    ) -> Any:
+        value, slope = encode(x, table.to(lookup), levels, jacobian, count)
+        ctx.save_for_backward(x, count)
+        ctx.levels, ctx.table_shape, ctx.table_dtype = levels, table.shape, table.dtype
+        ctx.set_materialize_grads(False)
+        return value if slope is None else (value, slope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_value: Tensor | None, grad_slope: Tensor | None = None) -> Any:
+        x, count = ctx.saved_tensors
+        grad = scatter_gradients(x, ctx.table_shape, ctx.levels, grad_value, grad_slope, count)
+        return None, grad.to(ctx.table_dtype), None, None, None, None
+
+
+def _check(
+    x: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    lookup: torch.dtype,
+    count: Tensor | None,
+) -> None:
     if x.dim() != 2 or x.shape[1] != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [N, 3]")
     rows = levels[-1].offset + levels[-1].entries
     if table.dim() != 2 or table.shape[0] != rows:
         raise ValueError(f"table has shape {tuple(table.shape)}; these levels need [{rows}, features]")
-    if x.dtype != table.dtype or x.device != table.device:
+    fits = x.dtype in (torch.float32, torch.float64) and table.dtype in (x.dtype, *HALVES)
+    if not fits or x.device != table.device:
         raise ValueError(
-            f"x is {x.dtype} on {x.device}, table {table.dtype} on {table.device}; they must agree"
+            f"x is {x.dtype} on {x.device}, table {table.dtype} on {table.device}; they must agree, x in"
+            " float32 or float64, or the table be in half precision"
+        )
+    if lookup not in (table.dtype, *HALVES):
+        raise ValueError(f"lookup in {lookup}; it may be {', '.join(map(str, HALVES))} or None")
+    if count is not None and (count.shape != (1,) or count.dtype != torch.int32 or count.device != x.device):
+        raise ValueError(
+            f"count is {count.dtype} {tuple(count.shape)} on {count.device}; it must be int32 [1] on {x.device}"
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -186,24 +235,80 @@ def _check(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> None:
         )
 
 
-def hash_encode(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> Tensor:
+def _encode(
+    x: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    jacobian: bool,
+    lookup: torch.dtype | None,
+    count: Tensor | None,
+    backend: KernelBackend,
+) -> tuple[Tensor, ...]:
+    """-> value [L F, N] and with ``jacobian`` slopes [L F, 3, N]."""
+    lookup = lookup or table.dtype
+    _check(x, table, levels, lookup, count)
+    levels = tuple(levels)
+    known = table.shape[1] in FEATURES and table.numel() < MOST_NUMBERS
+    if backend == "triton" and not known:
+        raise ValueError(
+            f"table has shape {tuple(table.shape)}; backend 'triton' takes fewer than 2^31 numbers and"
+            f" {', '.join(map(str, FEATURES))} features"
+        )
+    if use_triton(backend, x, table) and known:
+        found = _Kernels.apply(x, table, levels, jacobian, lookup, count)
+        return found if jacobian else (found,)
+    if count is not None:
+        valid = torch.arange(len(x), device=x.device) < count
+        x = x.where(valid[:, None], 0.0)
+    found = _Reference.apply(x.t().contiguous(), table, levels, jacobian, lookup)
+    found = found if jacobian else (found,)
+    return found if count is None else tuple(result.where(valid, 0.0) for result in found)
+
+
+def hash_encode(
+    x: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    *,
+    lookup: torch.dtype | None = None,
+    count: Tensor | None = None,
+    backend: KernelBackend = "auto",
+) -> Tensor:
     """Features of points.
 
     x [N, 3] in the unit cube, table [P, F], ``levels`` from :func:`grid_levels` -> [N, L F], level-major, a
-    transposed view of contiguous [L F, N]. Differentiable with respect to ``table``, once. Points outside
-    the cube get some entry of the table and never fail. Raises ``ValueError`` for shapes, dtypes or devices
-    that do not fit, and if ``x`` requires a gradient.
+    transposed view of contiguous [L F, N]. Points outside the cube get some entry of the table and never
+    fail. Differentiable with respect to ``table``, once.
+
+    x and the result are float32 or float64, the table likewise or in half precision; ``lookup`` (float16 or
+    bfloat16) rounds a wider table for the look-ups of this call, which halves their memory traffic. Sums and
+    gradients are in x's precision either way; the table's gradient is then cast to the table's.
+
+    With ``count``, int32 [1] on the same device, only the first ``count`` points are looked up: rows behind
+    them are undefined, and their gradients are ignored. The host never waits for it.
+
+    On a GPU gradients are added by atomic operations, in any order: their last bits differ from run to run.
+    ``backend="torch"`` on a CPU, or with ``torch.use_deterministic_algorithms``, repeats exactly.
+
+    Raises ``ValueError`` for shapes, dtypes or devices that do not fit, and if ``x`` requires a gradient.
 
     >>> levels = grid_levels(1, 9, 2, 1.0)
     >>> table = torch.arange(8.0)[:, None]
     >>> hash_encode(torch.zeros(1, 3), table, levels)
     tensor([[3.5000]])
     """
-    _check(x, table, levels)
-    return _HashEncode.apply(x.t().contiguous(), table, tuple(levels), False).t()
+    return _encode(x, table, levels, False, lookup, count, backend)[0].t()
 
 
-def hash_encode_jacobian(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) -> tuple[Tensor, Tensor]:
+def hash_encode_jacobian(
+    x: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    *,
+    lookup: torch.dtype | None = None,
+    count: Tensor | None = None,
+    backend: KernelBackend = "auto",
+) -> tuple[Tensor, Tensor]:
     """Features of points and their derivatives by the coordinates, in one pass.
 
     Same arguments as :func:`hash_encode` -> features [N, L F] and Jacobian [N, L F, 3] in units of 1 /
@@ -211,6 +316,5 @@ def hash_encode_jacobian(x: Tensor, table: Tensor, levels: Sequence[GridLevel]) 
     ``table``, so a function of the Jacobian such as a normal trains the table with first-order autograd
     alone. The Jacobian is that of the cell that the point lies in; it jumps at cell borders.
     """
-    _check(x, table, levels)
-    value, slope = _HashEncode.apply(x.t().contiguous(), table, tuple(levels), True)
+    value, slope = _encode(x, table, levels, True, lookup, count, backend)
     return value.t(), slope.permute(2, 0, 1)
