@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..graphed import GraphedStep
 from ..vae import LatentCodec
 from .dataset import GroupSampler, signed
-from .graphed import GraphedStep
 
 KL_WEIGHT = 2e-7
 LEARNING_RATE = 1e-3

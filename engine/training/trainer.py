@@ -20,6 +20,7 @@ from ..checkpoint import (
     write_tensors,
 )
 from ..errors import InputError
+from ..graphed import GraphedStep
 from ..model import ModelCard, MultiViewModel
 from ..schedule import alphas_cumprod
 from ..vae import LatentCodec
@@ -28,7 +29,6 @@ from . import nano
 from .codec_trainer import Averages, train_codec
 from .dataset import GroupSampler
 from .denoiser_trainer import EMA, Denoiser, LatentPool, denoising_loss, learning_rate
-from .graphed import GraphedStep
 from .objects import TEST_SEEDS
 
 KIND = "training"
