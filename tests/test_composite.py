@@ -11,8 +11,8 @@ from nerf_references import recorded, relative_error
 from torch import Tensor
 
 from imagedream_rt.kernels import composite as module
-from imagedream_rt.kernels.composite import composite, render_weights, visible
-from imagedream_rt.kernels.ray_march import Samples, pack
+from imagedream_rt.kernels.composite import composite, render_weights
+from imagedream_rt.kernels.samples import Samples, pack
 
 
 def recorded_samples() -> Samples:
@@ -62,12 +62,6 @@ def test_recorded_gradients() -> None:
     loss.backward()
     assert relative_error(sigma.grad, fixture["composite.grad_sigmas"]) < 1e-6
     assert relative_error(rgb.grad, fixture["composite.grad_rgb"]) < 1e-6
-
-
-def test_recorded_visibility() -> None:
-    fixture = recorded()
-    got = visible(fixture["composite.sigmas"], recorded_samples(), 1e-4, 0.01)
-    assert torch.equal(got, fixture["composite.visibility_eps1e-4_alpha0.01"])
 
 
 def test_two_samples_by_hand() -> None:
@@ -129,14 +123,6 @@ def test_opaque_matter_keeps_weights_in_range() -> None:
     torch.testing.assert_close(weights[[0, 20]], torch.ones(2))
     assert sigma.grad is not None
     assert sigma.grad.isfinite().all()
-
-
-def test_visible_by_hand() -> None:
-    samples = pack(torch.zeros(4, dtype=torch.int64), torch.arange(4.0), torch.arange(1.0, 5.0), 1)
-    sigma = torch.tensor([0.001, 5.0, 5.0, 5.0])
-    # Light e^-5 = 0.0067 reaches the third, e^-10 = 4.5e-5 the fourth; the first absorbs a thousandth.
-    assert visible(sigma, samples, 1e-4, 0.01).tolist() == [False, True, True, False]
-    assert visible(sigma, samples, 0.0, torch.tensor(0.0)).all()
 
 
 def test_no_samples() -> None:

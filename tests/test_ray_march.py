@@ -11,7 +11,8 @@ from nerf_references import RENDER, recorded
 from torch import Tensor
 
 from imagedream_rt.kernels import ray_march
-from imagedream_rt.kernels.ray_march import Samples, march, pack
+from imagedream_rt.kernels.ray_march import march
+from imagedream_rt.kernels.samples import Samples, pack
 
 FULL = torch.ones(4, 4, 4, dtype=torch.bool)
 
@@ -113,37 +114,6 @@ def test_only_occupied_cells_in_x_y_z_order() -> None:
     occupied[3, 0, 1] = True
     got = march(*along(0, (-3.0, -0.75, -0.25)), occupied, 0.25)
     assert got.t_starts.tolist() == [3.5, 3.75]
-
-
-def packed(counts: list[int]) -> Samples:
-    rays = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    starts = torch.cat([torch.arange(count, dtype=torch.float32) for count in counts])
-    return pack(rays, starts, starts + 1, len(counts))
-
-
-def test_keep() -> None:
-    samples = packed([2, 0, 3])
-    kept = samples.keep(torch.tensor([False, True, True, False, True]))
-    assert kept.ray_indices.tolist() == [0, 2, 2]
-    assert kept.t_starts.tolist() == [1.0, 0.0, 2.0]
-    assert kept.packed_info.tolist() == [[0, 1], [1, 0], [1, 2]]
-
-
-@pytest.mark.parametrize(
-    ("limit", "wanted"),
-    [
-        (12, [5, 0, 2, 4]),
-        (11, [5, 0, 2, 4]),
-        (10, [4, 0, 2, 4]),
-        (9, [3, 0, 2, 3]),
-        (5, [1, 0, 1, 1]),
-        (2, [0] * 4),
-    ],
-)
-def test_nearest_drops_the_farthest(limit: int, wanted: list[int]) -> None:
-    kept = packed([5, 0, 2, 4]).nearest(limit)
-    assert kept.packed_info[:, 1].tolist() == wanted
-    assert kept.t_starts.tolist() == [float(t) for count in wanted for t in range(count)]
 
 
 def test_errors() -> None:

@@ -31,7 +31,8 @@ from imagedream_rt.engine.nerf.render import RenderOutput, render, render_rays, 
 from imagedream_rt.engine.nerf.shading import ALBEDO, Shading, shade
 from imagedream_rt.engine.nerf.volume import volume_backend
 from imagedream_rt.kernels.composite import accumulate, composite, render_weights
-from imagedream_rt.kernels.ray_march import march, pack
+from imagedream_rt.kernels.ray_march import march
+from imagedream_rt.kernels.samples import midpoints, pack
 
 CASES = {"train_ambient": ALBEDO, "train_diffuse": Shading(0.37709830511029807, 0.6229016948897019)}
 PICTURES = {
@@ -257,7 +258,7 @@ def test_dropping_the_unseen_costs_no_more_than_what_it_absorbs() -> None:
     with torch.no_grad():
         out = render_rays(field, background, occupancy, origins, directions, config=RENDER)
         every = march(origins, directions, occupancy.occupied, RENDER.step_size)
-        sigma = field.density(module._midpoints(origins, directions, every))
+        sigma = field.density(midpoints(origins, directions, every))
     assert len(out.samples) < len(every)
     alpha = 1 - torch.exp(-sigma * RENDER.step_size)
     faint = accumulate(alpha * (alpha < 0.01), torch.ones(len(every), 1), every)
@@ -269,7 +270,7 @@ def test_dropping_the_unseen_costs_no_more_than_what_it_absorbs() -> None:
 def test_samples_are_lit_and_not_transparent() -> None:
     field, _, occupancy = cube_scene()
     samples = sample_rays(field, occupancy, *flat_rays(), None, RENDER)
-    sigma = field.density(module._midpoints(*flat_rays(), samples)).detach()
+    sigma = field.density(midpoints(*flat_rays(), samples)).detach()
     alpha = 1 - torch.exp(-sigma * RENDER.step_size)
     assert alpha.min() >= 0.0099
     # Light is counted over all samples of the march; what was dropped took little of it.

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...kernels.composite import visible
-from ...kernels.ray_march import Samples, pack
+from ...kernels._triton import use_triton
+from ...kernels.prune import prune
+from ...kernels.ray_march import LATTICE_POINTS, lattice_points
+from ...kernels.samples import Samples, midpoints, pack
 from ..config import RenderConfig
 from .background import Background
 from .field import Field
@@ -21,16 +23,13 @@ from .volume import TORCH, VolumeBackend
 if TYPE_CHECKING:
     from ..cameras import Rays
 
-LATTICE_POINTS = 2**22
-"""Most points of the marching lattice that are looked at together."""
-
 
 @dataclass(frozen=True)
 class SampleBatch:
     """The N samples that a render kept: what the losses need."""
 
     ray_indices: Tensor
-    """[N] int64, into the flattened rays."""
+    """[N] integers, into the flattened rays."""
     weights: Tensor
     """[N] part of the ray's light that comes from the sample."""
     sigma: Tensor
@@ -84,8 +83,10 @@ def sample_rays(
     ``near`` [R] is where each ray's lattice begins. Without gradient. Warns when more than
     ``config.max_samples`` are left and the farthest are dropped.
     """
-    chunk = max(1, LATTICE_POINTS // config.samples_per_ray)
     n_rays = origins.shape[0]
+    # Plain PyTorch holds much for each candidate; the kernels hold little, and like many of them.
+    limit = n_rays if use_triton("auto", origins) else LATTICE_POINTS // lattice_points(config.step_size)
+    chunk = max(1, limit)
     kept = []
     with torch.no_grad():
         alpha_least = occupancy.alpha_threshold
@@ -98,8 +99,8 @@ def sample_rays(
                 config.step_size,
                 None if near is None else near[rows],
             )
-            sigma = field.density(_midpoints(origins[rows], directions[rows], found))
-            found = found.keep(visible(sigma, found, config.transmittance_stop, alpha_least))
+            sigma = field.density(midpoints(origins[rows], directions[rows], found))
+            found = prune(sigma, found, config.transmittance_stop, alpha_least)
             kept.append(replace(found, ray_indices=found.ray_indices + start))
     samples = kept[0]
     if len(kept) > 1:
@@ -149,7 +150,7 @@ def render_rays(
     elif jitter is not None:
         near = jitter * config.step_size
     samples = sample_rays(field, occupancy, origins, directions, near, config, volume)
-    points = _midpoints(origins, directions, samples)
+    points = midpoints(origins, directions, samples)
     out = field(points, with_normal=with_normals or shading.needs_normals)
     lights = None if light_positions is None else light_positions.index_select(0, samples.ray_indices)
     values = shade(out.albedo, out.normal, points, lights, shading)
@@ -224,9 +225,3 @@ def render(
         normal=None if flat.normal is None else flat.normal.view(*shape, 3),
         samples=flat.samples,
     )
-
-
-def _midpoints(origins: Tensor, directions: Tensor, samples: Samples) -> Tensor:
-    middle = (samples.t_starts + samples.t_ends) / 2.0
-    rays = samples.ray_indices
-    return origins.index_select(0, rays) + directions.index_select(0, rays) * middle[:, None]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.composite import Composite, composite
-from ...kernels.ray_march import Samples, march, pack
+from ...kernels.ray_march import march
+from ...kernels.samples import Samples, pack
 from .._optional import require
 from ..errors import InputError
 
