@@ -6,9 +6,12 @@ import doctest
 
 import pytest
 import torch
+from ahead import compile_ahead
 from rounding import DTYPES, assert_close, leaf, randn
+from torch import Tensor
 
 from imagedream_rt.kernels import cross_attention
+from imagedream_rt.kernels._tuning import Launch, Tuned
 from imagedream_rt.kernels.cross_attention import (
     decoupled_cross_attention,
     decoupled_cross_attention_reference,
@@ -94,6 +97,154 @@ def test_cross_attention_on_the_gpu_equals_reference(dtype: torch.dtype) -> None
         q.double(), k.double(), v.double(), k[:, :16].double(), v[:, :16].double()
     )
     assert_close(decoupled_cross_attention(q, k, v, k[:, :16], v[:, :16]), truth)
+
+
+KERNEL_SHAPES = [
+    # N, T, H, D, text rows, Lt, image rows, Li (0: no image)
+    (4, 9, 2, 32, 2, 77, 2, 16),  # two groups of frames; a tile of queries that ends between frames
+    (6, 5, 1, 64, 2, 5, 3, 17),  # text for three frames, pictures for two: only single frames share both
+    (2, 33, 1, 128, 1, 64, 1, 0),  # text alone, whole blocks of keys
+    (2, 3, 1, 32, 2, 16, 1, 257),  # an unresampled picture: several blocks and one key more
+]
+REAL_SHAPES = [
+    (10, 1024, 5, 64, 2, 77, 2, 16),
+    (10, 256, 10, 64, 2, 77, 2, 16),
+    (10, 64, 20, 64, 2, 77, 2, 16),
+    (10, 16, 20, 64, 10, 77, 2, 257),
+]
+HALF_AND_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+    n, t, h, d, text_rows, text, image_rows, image = shape
+    sizes = [(n, t, h, d), *[(text_rows, text, h, d)] * 2, *[(image_rows, image, h, d)] * 2]
+    return [
+        leaf(randn(*size, seed=seed).to(device), dtype) if image or seed < 3 else None
+        for seed, size in enumerate(sizes)
+    ]
+
+
+def assert_kernel_equals_reference(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    inputs = inputs_of(shape, dtype, device)
+    exact = [None if x is None else leaf(x.detach(), torch.float64) for x in inputs]
+    out = decoupled_cross_attention(*inputs, image_scale=0.7, backend="triton")
+    truth = decoupled_cross_attention_reference(*exact, image_scale=0.7)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert_close(out, truth)
+
+    cotangent = randn(*out.shape, seed=9).to(device).to(dtype)
+    out.backward(cotangent)
+    truth.backward(cotangent.double())
+    for x, y in zip(inputs, exact, strict=True):
+        if x is not None:
+            assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+def test_kernel_equals_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    if dtype == torch.bfloat16 and kernel_device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies no bfloat16 matrices")
+    assert_kernel_equals_reference(shape, dtype, kernel_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
+def test_kernel_equals_reference_at_real_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_kernel_equals_reference(shape, dtype, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_launch_computes_the_same(
+    dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = cross_attention._candidates(18, 2, 2, 32, 77, 16, dtype)
+    assert len(launches) > 1
+    for launch in launches:
+        only = Tuned("cross_attention", cross_attention._forward_kernel, lambda *key, launch=launch: [launch])
+        monkeypatch.setattr(cross_attention, "_TUNED", only)
+        assert_kernel_equals_reference((4, 9, 2, 32, 2, 77, 2, 16), dtype, kernel_device)
+
+
+def test_kernel_of_no_queries(kernel_device: torch.device) -> None:
+    for n, t in ((2, 0), (0, 3)):
+        inputs = inputs_of((n, t, 1, 32, 1, 5, 1, 4), torch.float32, kernel_device)
+        out = decoupled_cross_attention(*inputs, backend="triton")
+        assert out.shape == (n, t, 32)
+        out.sum().backward()
+        for x in inputs:
+            assert x is not None
+            torch.testing.assert_close(x.grad, torch.zeros_like(x))
+
+
+def test_kernel_reads_strides(kernel_device: torch.device) -> None:
+    packed = randn(2, 7, 3, 2, 32, seed=1, dtype=torch.float32).to(kernel_device)
+    q, k, v = packed.unbind(2)  # as one stacked projection writes them
+    for parts in ((q, k, v), (q, k, v.contiguous()), (q.mT.contiguous().mT, k, v)):
+        out = decoupled_cross_attention(*parts, k[:, 2:], v[:, 2:], backend="triton")
+        truth = decoupled_cross_attention_reference(*parts, k[:, 2:], v[:, 2:])
+        torch.testing.assert_close(out, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_gradcheck() -> None:
+    inputs = inputs_of((2, 3, 1, 2, 1, 4, 2, 3), torch.float64, torch.device("cpu"))
+    assert torch.autograd.gradcheck(decoupled_cross_attention_reference, (*inputs, 0.7))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernel_builds_ahead_of_time(arch: int) -> None:
+    kernel = cross_attention._forward_kernel
+    tensors = ("q", "k_text", "v_text", "k_image", "v_image", "out")
+    numbers = [name for name in getattr(kernel, "arg_names", []) if name.islower() and name not in tensors]
+    for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32")):
+        pointers = {
+            **dict.fromkeys(tensors, f"*{name}"),
+            **dict.fromkeys(numbers, "i32"),
+            "image_scale": "fp32",
+        }
+        builds: list[tuple[int, Launch]] = [
+            (size, launch)
+            for size in ((64, 128) if dtype == torch.float16 else (64,))
+            for launch in cross_attention._candidates(5120, 5, 2, size, 77, 16, dtype)
+        ]
+        compile_ahead(
+            "cross_attention",
+            "_forward_kernel",
+            pointers,
+            [cross_attention._constants(77, 16, size, launch) for size, launch in builds],
+            arch,
+            warps=[launch.warps for _, launch in builds],
+            stages=[launch.stages for _, launch in builds],
+        )
+
+
+@pytest.mark.gpu
+def test_kernel_in_a_cuda_graph() -> None:
+    with torch.no_grad():
+        inputs = inputs_of(REAL_SHAPES[2], torch.float16, torch.device("cuda"))
+        decoupled_cross_attention(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = decoupled_cross_attention(*inputs)
+        out.fill_(float("nan"))
+        inputs[0].neg_()
+        graph.replay()
+        assert_close(out, decoupled_cross_attention_reference(*(x.double() for x in inputs)))
+
+
+def test_kernel_refuses_what_it_cannot_take(kernel_device: torch.device) -> None:
+    q, k = (torch.zeros(2, 3, 1, 48, device=kernel_device) for _ in range(2))
+    with pytest.raises(ValueError, match="head sizes 32, 64, 128"):
+        decoupled_cross_attention(q, k, k, backend="triton")
+    q, k = torch.zeros(2, 3, 1, 32, device=kernel_device), q[..., :32].half()
+    with pytest.raises(ValueError, match=r"float16, torch\.float32"):
+        decoupled_cross_attention(q, k, k, backend="triton")
+    with pytest.raises(ValueError, match="unknown backend"):
+        decoupled_cross_attention(q, q, q, backend="fast")
 
 
 def test_docstring_examples() -> None:
