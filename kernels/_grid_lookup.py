@@ -19,7 +19,7 @@ threads; otherwise layouts of look-ups, additions and results differ and pass th
 
 Coordinates are float32 in the unit cube, features and slopes float32 whatever the table is stored in, and
 slopes are derivatives by those coordinates. Cells and fractions are those of the plain PyTorch functions in
-``hash_grid``, bit for bit, which matters to slopes: they jump at cell borders.
+``hash_grid``, bit for bit.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def exists(level):
 
 @jit
 def _split(x, scale, highest):
-    # The product is rounded by itself, as PyTorch does it: plain x * scale + 0.5 would be fused into one
-    # operation, and fall into another cell where it ends just beside a border.
+    # The product is rounded by itself, as PyTorch does it: x * scale + 0.5 would become one fused operation,
+    # whose last bit, up to 1/4096 of a cell on the finest level, is another one for some points.
     position = tl.fma(x, scale, 0.0) + 0.5
     cell = tl.floor(position)
     low = tl.minimum(tl.maximum(cell, 0.0), highest)

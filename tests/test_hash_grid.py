@@ -1,12 +1,15 @@
-"""The hash encoding against tiny-cuda-nn's recorded values and against autograd."""
+"""The hash encoding against tiny-cuda-nn's recorded values and against autograd; its kernels against it."""
 
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import pytest
 import torch
+from ahead import compile_ahead
 from nerf_references import FIELD, recorded, relative_error, slow_hash_encode
+from torch import Tensor
 
 from imagedream_rt.engine.config import HashGridConfig
 from imagedream_rt.kernels import hash_grid
@@ -115,6 +118,18 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda t: hash_encode_jacobian(x, t, LEVELS), table)
 
 
+def test_plain_formula_twice_differentiable() -> None:
+    """What the Jacobian and its gradient are held to above, itself against finite differences."""
+    dense, hashed = grid_levels(2, 4, 2, 1.5)
+    assert [dense.hashed, hashed.hashed] == [False, True]
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(24, 1, dtype=torch.float64, generator=generator).requires_grad_()
+    # Away from the cells' borders, where the formula has a kink.
+    x = torch.tensor([[0.1, 0.3, 0.6], [0.9, 0.2, 0.7]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, t: slow_hash_encode(x, t, (dense, hashed)), (x, table))
+    assert torch.autograd.gradgradcheck(lambda x, t: slow_hash_encode(x, t, (dense, hashed)), (x, table))
+
+
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table = random_table(2).requires_grad_()
 
@@ -156,22 +171,197 @@ def test_errors() -> None:
         hash_encode(x.requires_grad_(), table, LEVELS)
     with pytest.raises(ValueError, match="levels=0"):
         grid_levels(0, 19, 16, 1.4)
+    x = x.detach()
+    with pytest.raises(ValueError, match="or the table be in half precision"):
+        hash_encode(x.half(), table.half(), LEVELS)
+    with pytest.raises(ValueError, match=r"lookup in torch\.float32; it may be torch\.float16"):
+        hash_encode(x, table, LEVELS, lookup=torch.float32)
+    with pytest.raises(
+        ValueError, match=r"count is torch\.int64 \(1,\) on cpu; it must be int32 \[1\] on cpu"
+    ):
+        hash_encode(x, table, LEVELS, count=torch.tensor([2]))
+    with pytest.raises(
+        ValueError, match=r"\(104, 3\); backend 'triton' takes fewer than 2\^31 numbers and 1, 2"
+    ):
+        hash_encode(x.float(), random_table(3).float(), LEVELS, backend="triton")
 
 
 def test_examples() -> None:
     assert doctest.testmod(hash_grid).failed == 0
 
 
+def everything(
+    x: Tensor, table: Tensor, cotangents: tuple[Tensor, Tensor], levels: Any = LEVELS, **options: Any
+) -> list[Tensor]:
+    """Value, Jacobian, the value alone, and the table's gradients through each and through both."""
+    table = table.detach().requires_grad_()
+    value, jacobian = hash_encode_jacobian(x, table, levels, **options)
+    alone = hash_encode(x, table, levels, **options)
+    (by_value,) = torch.autograd.grad(value, table, cotangents[0], retain_graph=True)
+    (by_jacobian,) = torch.autograd.grad(jacobian, table, cotangents[1], retain_graph=True)
+    (by_both,) = torch.autograd.grad((value, jacobian), table, cotangents)
+    (by_alone,) = torch.autograd.grad(alone, table, cotangents[0])
+    found = (value, jacobian, alone, by_value, by_jacobian, by_both, by_alone)
+    return [tensor.detach() for tensor in found]
+
+
+def agree(got: list[Tensor], wanted: list[Tensor], bound: float = 1e-5) -> None:
+    for number, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert a.dtype == b.dtype
+        assert relative_error(a, b) < bound, number
+
+
+def case(
+    n: int, features: int, device: torch.device, levels: Any = LEVELS
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Float32 points in, on and outside the cube, a table and cotangents of value and Jacobian."""
+    x = points(n)
+    x[1::7] *= 3.0
+    generator = torch.Generator().manual_seed(3)
+    width = len(levels) * features
+    shapes = ((levels[-1].offset + levels[-1].entries, features), (n, width), (n, width, 3))
+    table, *cotangents = (torch.randn(*shape, generator=generator).to(device) for shape in shapes)
+    return x.float().to(device), table, (cotangents[0], cotangents[1])
+
+
+@pytest.mark.parametrize(("n", "features"), [(1, 4), (67, 1), (130, 2), (20, 8)], ids=str)
+def test_kernels_equal_reference(n: int, features: int, kernel_device: torch.device) -> None:
+    given = case(n, features, kernel_device)
+    agree(everything(*given, backend="triton"), everything(*given, backend="torch"))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+def test_half_precision_look_ups(stored: torch.dtype, kernel_device: torch.device) -> None:
+    x, table, cotangents = case(60, 2, kernel_device)
+    rounded = everything(x, table.half().float(), cotangents, backend="torch")
+    lookup = torch.float16 if stored == torch.float32 else None
+    for backend in ("torch", "triton"):
+        got = everything(x, table.to(stored), cotangents, lookup=lookup, backend=backend)
+        assert [tensor.dtype for tensor in got] == [torch.float32] * 3 + [stored] * 4
+        agree(got[:3], rounded[:3])
+        agree([tensor.float() for tensor in got[3:]], rounded[3:], 1e-5 if stored == torch.float32 else 1e-3)
+
+
+def test_strided_points_and_cotangents(kernel_device: torch.device) -> None:
+    x, table, (by_value, by_jacobian) = case(67, 2, kernel_device)
+    wanted = everything(x, table, (by_value, by_jacobian), backend="torch")
+    wide = torch.full((67, 8), torch.nan, device=kernel_device)
+    wide[:, 1:7:2] = x
+    slopes = by_jacobian.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for strided in (wide[:, 1:7:2], x.t().contiguous().t(), x.flip(0).flip(0)):
+        got = everything(strided, table, (by_value.t().contiguous().t(), slopes), backend="triton")
+        agree(got, wanted)
+    one = torch.ones((), device=kernel_device)
+    same = (one.expand_as(by_value), one.expand_as(by_jacobian))
+    agree(everything(x, table, same, backend="triton"), everything(x, table, same, backend="torch"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("count", [0, 131, 200], ids="count={}".format)
+def test_counted_points(backend: str, count: int, kernel_device: torch.device) -> None:
+    x, table, cotangents = case(150, 2, kernel_device)
+    valid = min(count, 150)
+    wanted = everything(x[:valid], table, (cotangents[0][:valid], cotangents[1][:valid]), backend="torch")
+    x[valid:] = torch.nan
+    for cotangent in cotangents:
+        cotangent[valid:] = torch.nan
+    number = torch.tensor([count], dtype=torch.int32, device=kernel_device)
+    got = everything(x, table, cotangents, count=number, backend=backend)
+    got[:3] = [tensor[:valid] for tensor in got[:3]]
+    if count:
+        agree(got, wanted)
+    else:
+        assert all(not tensor.any() for tensor in got[3:])
+
+
+def test_kernels_with_no_points(kernel_device: torch.device) -> None:
+    given = case(1, 2, kernel_device)
+    got = everything(given[0][:0], given[1], (given[2][0][:0], given[2][1][:0]), backend="triton")
+    assert [tuple(tensor.shape) for tensor in got[:3]] == [(0, 6), (0, 6, 3), (0, 6)]
+    assert all(not tensor.any() for tensor in got[3:])
+
+
+def test_kernels_round_positions_as_the_reference(kernel_device: torch.device) -> None:
+    """Where x s lies below a power of two and x s + 1/2 behind it, a fused operation has another last bit."""
+    (level,) = grid_levels(1, 12, 4096, 1.0)
+    x = (2048.0 - torch.rand(1000, generator=torch.Generator().manual_seed(4)) / 2) / level.scale
+    once = (x.double() * level.scale + 0.5).float()
+    x = x[x * level.scale + 0.5 != once][:60].view(-1, 3)
+    assert len(x) == 20
+    given = (x.to(kernel_device), *case(20, 2, kernel_device, (level,))[1:], (level,))
+    agree(everything(*given, backend="triton"), everything(*given, backend="torch"))
+
+
+def test_kernels_train_a_table_through_its_normals(kernel_device: torch.device) -> None:
+    """Second order: the gradient of a nonlinear loss of the slopes, against autograd in float64."""
+    x, table, (by_value, by_jacobian) = case(50, 2, kernel_device)
+    x = x.clamp(0.0, 1.0)
+    exact = table.double().cpu().requires_grad_()
+    place = x.double().cpu().requires_grad_()
+    slow = slow_hash_encode(place, exact, LEVELS)
+    slope = torch.autograd.grad(slow, place, by_value.double().cpu(), create_graph=True)[0]
+    torch.nn.functional.normalize(slope, dim=1).mul(by_jacobian[:, 0].cpu()).sum().backward()
+
+    table.requires_grad_()
+    value, jacobian = hash_encode_jacobian(x, table, LEVELS, backend="triton")
+    slope = (by_value[:, :, None] * jacobian).sum(1)
+    torch.nn.functional.normalize(slope, dim=1).mul(by_jacobian[:, 0]).sum().backward()
+    assert relative_error(value.cpu().double(), slow.detach()) < 1e-5
+    assert table.grad is not None
+    assert exact.grad is not None
+    assert relative_error(table.grad.cpu().double(), exact.grad) < 1e-4
+
+
+TENSORS = {"p_x": "*fp32", "p_levels": "*i32", "N": "i32", "stride_point": "i32", "stride_axis": "i32"}
+CONSTANTS = [{"LEVELS": 16, "F": 2, "POINTS": 128}]
+
+
+@pytest.mark.parametrize(("arch", "table"), [(80, "*fp16"), (90, "*fp32")], ids=str)
+def test_encode_kernel_builds_ahead_of_time(arch: int, table: str) -> None:
+    arguments = {**TENSORS, "p_table": table, "p_value": "*fp32", "p_slope": "*fp32", "p_count": "*i32"}
+    compile_ahead("_hash_grid_kernels", "encode_kernel", arguments, CONSTANTS, arch)
+
+
+@pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
+def test_scatter_kernel_builds_ahead_of_time(arch: int) -> None:
+    strides = ("value_row", "value_point", "slope_row", "slope_axis", "slope_point")
+    arguments = {**TENSORS, "p_grad": "*fp32", "p_value": "*fp32", "p_slope": "*fp32", "p_count": "*i32"}
+    arguments |= dict.fromkeys(strides, "i32")
+    compile_ahead("_hash_grid_kernels", "scatter_kernel", arguments, CONSTANTS, arch)
+
+
+OFFICIAL = levels_of(HashGridConfig())
+
+
 @pytest.mark.gpu
-def test_cuda_agrees() -> None:
-    table = random_table(2).float()
-    x = points(1000).float()
+@pytest.mark.parametrize("lookup", [None, torch.float16], ids=str)
+def test_official_field_on_the_gpu(lookup: torch.dtype | None) -> None:
+    given = case(200_003, 2, torch.device("cuda"), OFFICIAL)
+    got = everything(*given, OFFICIAL, lookup=lookup)
+    agree(got, everything(*given, OFFICIAL, lookup=lookup, backend="torch"))
 
-    def everything(device: str) -> list[torch.Tensor]:
-        own = table.to(device).requires_grad_()
-        value, jacobian = hash_encode_jacobian(x.to(device), own, LEVELS)
-        (gradient,) = torch.autograd.grad(value.square().sum() + jacobian.square().sum(), own)
-        return [value, jacobian, gradient]
 
-    for got, wanted in zip(everything("cuda"), everything("cpu"), strict=True):
-        assert relative_error(got.cpu(), wanted.detach()) < 1e-5
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu() -> None:
+    x, table, cotangents = case(5000, 2, torch.device("cuda"))
+    got = everything(x, table, cotangents)
+    wanted = everything(x.cpu(), table.cpu(), (cotangents[0].cpu(), cotangents[1].cpu()))
+    agree([tensor.cpu() for tensor in got], wanted)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph() -> None:
+    x, table, cotangents = case(4099, 2, torch.device("cuda"))
+    count = torch.tensor([4099], dtype=torch.int32, device="cuda")
+    everything(x, table, cotangents, count=count)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = everything(x, table, cotangents, count=count)
+    for valid in (4099, 300, 0):
+        count.fill_(valid)
+        x.uniform_()
+        graph.replay()
+        wanted = everything(x, table, cotangents, count=count, backend="torch")
+        for number, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            end = valid if number < 3 else None
+            torch.testing.assert_close(a[:end], b[:end], rtol=1e-4, atol=1e-3)
