@@ -110,8 +110,8 @@ def pack(draws: StepDraws, lambda_orient: float) -> Tensor:
     colour = torch.zeros(3) if background is None else background
     rest = [
         float(background is not None),
-        shading.ambient,
-        shading.diffuse,
+        float(shading.ambient),
+        float(shading.diffuse),
         float(shading.textureless),
         float(draws.t),
         lambda_orient,

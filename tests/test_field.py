@@ -284,6 +284,20 @@ def test_shading_by_hand() -> None:
     torch.testing.assert_close(bare, torch.tensor([[0.8], [0.5], [0.2]]).expand(3, 3))
 
 
+@pytest.mark.parametrize(
+    ("ambient", "diffuse", "textureless"), [(1.0, 0.0, False), (0.3, 0.7, False), (0.3, 0.7, True)]
+)
+def test_shading_chosen_on_the_device_is_the_same(ambient: float, diffuse: float, textureless: bool) -> None:
+    albedo, points, lights = torch.rand(9, 3), torch.rand(9, 3), torch.rand(9, 3) * 3
+    normals = torch.nn.functional.normalize(torch.randn(9, 3), dim=-1)
+    chosen = Shading(ambient, diffuse, textureless)
+    numbers = Shading(*(torch.tensor([float(x)]) for x in (ambient, diffuse, textureless)))
+    assert numbers.needs_normals
+    torch.testing.assert_close(
+        shade(albedo, normals, points, lights, numbers), shade(albedo, normals, points, lights, chosen)
+    )
+
+
 def test_textureless_gives_the_albedo_a_zero_gradient_not_none() -> None:
     albedo = torch.rand(4, 3, requires_grad=True)
     shade(albedo, None, torch.zeros(4, 3), None, Shading(0.3, 0.0, textureless=True)).sum().backward()

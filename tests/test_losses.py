@@ -76,3 +76,12 @@ def test_z_variance_counts_only_solid_pixels():
     variance = torch.tensor([1.0, 2.0, 300.0])
     assert z_variance_loss(variance, torch.tensor([0.6, 0.9, 0.5])).item() == pytest.approx(1.5)
     assert z_variance_loss(variance, torch.zeros(3)).item() == 0.0
+
+
+def test_orientation_loss_ignores_rows_beyond_the_count():
+    weights, normals, directions = torch.rand(7), torch.randn(7, 3), torch.randn(7, 3)
+    opacity = torch.rand(4, 1)
+    expected = orientation_loss(weights[:5], normals[:5], directions[:5], opacity)
+    normals[5:] = float("nan")
+    found = orientation_loss(weights, normals, directions, opacity, torch.tensor([5]))
+    torch.testing.assert_close(found, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,13 +13,14 @@ class Shading:
     """How much light there is: colour = albedo (ambient + diffuse max(n.l, 0)); ``textureless`` takes
     albedo as 1."""
 
-    ambient: float = 1.0
-    diffuse: float = 0.0
-    textureless: bool = False
+    ambient: float | Tensor = 1.0
+    diffuse: float | Tensor = 0.0
+    textureless: bool | Tensor = False
+    """Tensors [1] (``textureless`` 0 or 1) leave the choice to the device."""
 
     @property
     def needs_normals(self) -> bool:
-        return self.diffuse != 0.0
+        return isinstance(self.diffuse, Tensor) or self.diffuse != 0.0
 
 
 ALBEDO = Shading()
@@ -35,13 +37,15 @@ def shade(
     ``ValueError`` when normals or lights are needed and missing.
     """
     if not shading.needs_normals:
-        light: Tensor | float = shading.ambient
+        light = shading.ambient
     elif normals is None or light_positions is None:
         raise ValueError("diffuse shading needs normals and light positions")
     else:
         towards = nn.functional.normalize(light_positions - points, dim=-1)
         facing = (normals * towards).sum(-1, keepdim=True).clamp(min=0.0)
         light = facing * shading.diffuse + shading.ambient
-    if shading.textureless:
-        return albedo * 0.0 + light
+    if isinstance(shading.textureless, Tensor):
+        albedo = torch.lerp(albedo, torch.ones_like(albedo), shading.textureless)
+    elif shading.textureless:
+        albedo = albedo * 0.0 + 1.0
     return albedo * light
