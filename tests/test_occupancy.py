@@ -130,3 +130,37 @@ def test_nothing_anywhere() -> None:
     grid = OccupancyGrid(TINY)
     assert grid.update(0, lambda points: torch.zeros(len(points)), generator())
     assert not grid.occupied.any()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.24, 0.6])
+def test_refresh_of_known_size_looks_at_the_same_kinds_of_cells(fraction: float) -> None:
+    occupancy = OccupancyGrid(RENDER)
+    total = occupancy.values.numel()
+    occupied = torch.rand(total, generator=generator()) < fraction
+    occupancy.occupied.copy_(occupied.view_as(occupancy.occupied))
+    seen: list[Tensor] = []
+
+    def density(points: Tensor) -> Tensor:
+        cell = ((points + 1.0) / 2.0 * 32).long()
+        seen.append((cell[:, 0] * 32 + cell[:, 1]) * 32 + cell[:, 2])
+        return torch.zeros(len(points))
+
+    occupancy.refresh(density, generator(), all_cells=False)
+    uniform, chosen = seen[0].chunk(2)
+    assert len(seen[0]) == total // 2
+    number = int(occupied.sum())
+    if number > total // 4:
+        assert occupied[chosen].all()
+        assert len(chosen.unique()) > 0.3 * number
+    else:
+        assert torch.equal(chosen[:number], occupied.nonzero()[:, 0])
+        assert torch.equal(chosen[number:], uniform[number:])
+    assert len(uniform.unique()) > total // 8
+
+
+def test_refresh_of_all_cells_is_the_warm_up_s_update() -> None:
+    one, other = OccupancyGrid(TINY), OccupancyGrid(TINY)
+    one.update(0, ball, generator())
+    other.refresh(ball, generator(), all_cells=True)
+    assert torch.equal(one.values, other.values)
+    assert torch.equal(one.occupied, other.occupied)

@@ -52,14 +52,28 @@ class OccupancyGrid(nn.Module):
         """
         if step % self.config.occupancy_every:
             return False
-        cells = self._pick(step, generator)
+        self._look(self._pick(step, generator), density, generator)
+        return True
+
+    @torch.no_grad()
+    def refresh(
+        self, density: Callable[[Tensor], Tensor], generator: torch.Generator, *, all_cells: bool
+    ) -> None:
+        """An :meth:`update` whose number of looks the host knows, so that it never waits for the device.
+
+        Without ``all_cells`` there are always as many looks at occupied cells as at uniformly drawn ones:
+        where fewer cells are occupied, the rest look at the uniformly drawn ones once more.
+        """
+        cells = self._all() if all_cells else self._pick_as_many(generator)
+        self._look(cells, density, generator)
+
+    def _look(self, cells: Tensor, density: Callable[[Tensor], Tensor], generator: torch.Generator) -> None:
         size = self.config.occupancy_resolution
         corner = torch.stack((cells // size**2, cells // size % size, cells % size), dim=1)
         inside = torch.rand(len(cells), 3, generator=generator, device=generator.device).to(
             self.values.device
         )
         self.update_cells(cells, density((corner + inside) / size * 2.0 - 1.0))
-        return True
 
     @torch.no_grad()
     def update_cells(self, cells: Tensor, density: Tensor) -> None:
@@ -74,10 +88,27 @@ class OccupancyGrid(nn.Module):
         self.values.copy_(values)
         self.occupied.copy_((values > self.alpha_threshold).view_as(self.occupied))
 
+    def _all(self) -> Tensor:
+        return torch.arange(self.values.numel(), device=self.values.device)
+
+    def _pick_as_many(self, generator: torch.Generator) -> Tensor:
+        total, device = self.values.numel(), self.values.device
+        quarter = total // 4
+        place = {"generator": generator, "device": generator.device}
+        uniform = torch.randint(total, (quarter,), **place).to(device)
+        random = torch.rand(quarter, **place).to(device)
+        occupied = self.occupied.view(-1)
+        number = occupied.sum()
+        occupied_first = torch.argsort(occupied.to(torch.int8), descending=True, stable=True)
+        slot = torch.arange(quarter, device=device)
+        many = number > quarter
+        chosen = occupied_first[torch.where(many, (random * number).long(), slot)]
+        return torch.cat((uniform, torch.where(many | (slot < number), chosen, uniform)))
+
     def _pick(self, step: int, generator: torch.Generator) -> Tensor:
         total, device = self.values.numel(), self.values.device
         if step < self.config.occupancy_warmup_steps:
-            return torch.arange(total, device=device)
+            return self._all()
         quarter = total // 4
 
         def draw(high: int) -> Tensor:
