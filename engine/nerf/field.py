@@ -71,8 +71,12 @@ class Field(nn.Module):
         self.density_mlp = Perceptron(self.grid.width, config.hidden, 1, generator)
         self.feature_mlp = Perceptron(self.grid.width, config.hidden, 3, generator)
 
-    def density(self, points: Tensor) -> Tensor:
-        """Density [N] at points [N, 3]."""
+    def density(self, points: Tensor, count: Tensor | None = None) -> Tensor:
+        """Density [N] at points [N, 3].
+
+        With ``count`` (int32 [1], here and below) only so many first rows are points of a buffer of N: the
+        others get no gradient and their results mean nothing.
+        """
         with torch.autocast(points.device.type, enabled=False):
             return self._density(points, self.density_mlp(self.grid(_unit(points))))
 
@@ -81,7 +85,7 @@ class Field(nn.Module):
         with torch.autocast(points.device.type, enabled=False):
             return torch.sigmoid(self.feature_mlp(self.grid(_unit(points))))
 
-    def forward(self, points: Tensor, with_normal: bool = True) -> FieldOutput:
+    def forward(self, points: Tensor, with_normal: bool = True, count: Tensor | None = None) -> FieldOutput:
         """Everything at points [N, 3], with one look-up.
 
         The normal too is differentiable, in the parameters of the grid and of the density.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels._triton import use_triton
 from ...kernels.prune import prune
-from ...kernels.ray_march import LATTICE_POINTS, lattice_points
+from ...kernels.ray_march import LATTICE_POINTS, lattice_points, march
 from ...kernels.samples import Samples, midpoints, pack
 from ..config import RenderConfig
 from .background import Background
@@ -22,6 +22,15 @@ from .volume import TORCH, VolumeBackend
 
 if TYPE_CHECKING:
     from ..cameras import Rays
+
+
+class Capacity(NamedTuple):
+    """Rows of the buffers of a render that never waits for the device."""
+
+    candidates: int
+    """Samples in occupied cells."""
+    kept: int
+    """Samples worth a gradient."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class SampleBatch:
     """[N]"""
     t_ends: Tensor
     """[N]"""
+    count: Tensor | None = None
+    """int32 [1] in buffers of a fixed capacity: only so many first rows are samples. None: all are."""
+    found: Tensor | None = None
+    """int32 [2] with ``count``: candidates and samples there were, also if the capacity cut some off."""
 
     def __len__(self) -> int:
         return self.ray_indices.shape[0]
@@ -120,6 +133,38 @@ def sample_rays(
     return samples
 
 
+def sample_rays_within(
+    capacity: Capacity,
+    field: Field,
+    occupancy: OccupancyGrid,
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor | None,
+    config: RenderConfig,
+) -> tuple[Samples, Tensor]:
+    """:func:`sample_rays` in buffers of a fixed capacity, without waiting for the device; no warning.
+
+    -> samples, and what was found: int32 [2], candidates and samples before the capacity cut the farthest
+    off.
+    """
+    with torch.no_grad():
+        met = march(
+            origins,
+            directions,
+            occupancy.occupied,
+            config.step_size,
+            near,
+            capacity=capacity.candidates,
+        )
+        sigma = field.density(midpoints(origins, directions, met), count=met.count)
+        samples = prune(
+            sigma, met, config.transmittance_stop, occupancy.alpha_threshold, capacity=capacity.kept
+        )
+        assert met.found is not None
+        assert samples.found is not None
+        return samples, torch.cat((met.found, samples.found))
+
+
 def render_rays(
     field: Field,
     background: Background,
@@ -132,16 +177,19 @@ def render_rays(
     shading: Shading = ALBEDO,
     background_colour: Tensor | None = None,
     jitter: torch.Generator | Tensor | None = None,
+    background_replaced: Tensor | None = None,
     with_normals: bool = False,
     volume: VolumeBackend = TORCH,
+    capacity: Capacity | None = None,
 ) -> RenderOutput:
     """Render rays with origins and unit directions [R, 3]; differentiable in the field and the background.
 
     light_positions [R, 3] per ray; background_colour [3] or [R, 3] replaces the background network, whose
-    parameters then get exactly zero gradients; jitter moves each ray's lattice by a part of a step: a
+    parameters then get exactly zero gradients, or does so only where ``background_replaced`` [1] is 1 and
+    not 0; jitter moves each ray's lattice by a part of a step: a
     generator to draw it from, the parts [R] themselves, or None for none (evaluation). Normals are computed
     if asked for or if the shading needs them. With R = 0, or no sample on any ray, the background shows and
-    nothing fails.
+    nothing fails. With a ``capacity`` (own ``volume`` only) nothing waits for the device.
     """
     n_rays = origins.shape[0]
     near = None
@@ -149,9 +197,12 @@ def render_rays(
         near = torch.rand(n_rays, generator=jitter, device=jitter.device).to(origins) * config.step_size
     elif jitter is not None:
         near = jitter * config.step_size
-    samples = sample_rays(field, occupancy, origins, directions, near, config, volume)
+    if capacity is None:
+        samples, found = sample_rays(field, occupancy, origins, directions, near, config, volume), None
+    else:
+        samples, found = sample_rays_within(capacity, field, occupancy, origins, directions, near, config)
     points = midpoints(origins, directions, samples)
-    out = field(points, with_normal=with_normals or shading.needs_normals)
+    out = field(points, with_normal=with_normals or shading.needs_normals, count=samples.count)
     lights = None if light_positions is None else light_positions.index_select(0, samples.ray_indices)
     values = shade(out.albedo, out.normal, points, lights, shading)
     if out.normal is not None:
@@ -160,7 +211,8 @@ def render_rays(
 
     behind = background(directions)
     if background_colour is not None:
-        behind = behind * 0.0 + background_colour
+        replaced = 1.0 if background_replaced is None else background_replaced
+        behind = behind * (1.0 - replaced) + background_colour * replaced
     opacity, foreground = seen.opacity[:, None], seen.values[:, :3]
     return RenderOutput(
         rgb=foreground + behind * (1.0 - opacity),
@@ -178,6 +230,8 @@ def render_rays(
             directions.index_select(0, samples.ray_indices),
             samples.t_starts,
             samples.t_ends,
+            samples.count,
+            found,
         ),
     )
 
@@ -193,8 +247,10 @@ def render(
     shading: Shading = ALBEDO,
     background_colour: Tensor | None = None,
     jitter: torch.Generator | Tensor | None = None,
+    background_replaced: Tensor | None = None,
     with_normals: bool = False,
     volume: VolumeBackend = TORCH,
+    capacity: Capacity | None = None,
 ) -> RenderOutput:
     """Render pictures [V, H, W]: :func:`render_rays` of all pixels, with one light position [V, 3] per
     view."""
@@ -212,8 +268,10 @@ def render(
         shading=shading,
         background_colour=background_colour,
         jitter=jitter,
+        background_replaced=background_replaced,
         with_normals=with_normals,
         volume=volume,
+        capacity=capacity,
     )
     return RenderOutput(
         rgb=flat.rgb.view(*shape, 3),
