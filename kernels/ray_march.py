@@ -5,9 +5,9 @@ lies in the box [-1, 1]^3 and in an occupied cell. This is the traversal of nerf
 with one level and no cone; that walks cell by cell where this looks at midpoints, so that an interval whose
 midpoint lies within rounding of a cell border may differ.
 
-The kernels walk cell by cell too, as a way to skip: all midpoints that lie well inside one cell share its
-bit, and all that lie well inside an empty block of cells are none. They go over the rays twice, to count the
-samples and to write them.
+The kernels go over the rays twice. To count, each ray walks cell by cell too: all midpoints that lie well
+inside one cell share its bit, and all that lie well inside an empty block of cells are none. To write, the
+lattice between a ray's first and last sample is tested point by point, which keeps the writes side by side.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ BOX_DIAGONAL = 2 * math.sqrt(3.0)
 LATTICE_POINTS = 2**22
 """Most lattice points that plain PyTorch looks at together."""
 
-LAUNCH = Launch.of(RAYS=32, CHUNK=16, warps=1)
+COUNT = Launch.of(RAYS=32, warps=1)
+WRITE = Launch.of(RAYS=32, CHUNK=32, warps=4)
 
 
 def march(
@@ -130,30 +131,36 @@ def _march_triton(
     if n_rays * lattice_points(step) > MOST_SAMPLES:
         raise ValueError(f"{n_rays} rays of up to {lattice_points(step)} samples are too many for one call")
     bits = pack_occupancy(occupied, backend="triton")
-    blocks = -(-n_rays // LAUNCH["RAYS"])
-    counts, sums = (torch.empty(n, dtype=torch.int32, device=origins.device) for n in (n_rays, blocks))
-
-    def launch(*out: Tensor | None) -> None:
-        _march_kernel[(blocks,)](
-            origins.contiguous(),
-            directions.contiguous(),
-            None if near is None else near.contiguous(),
-            bits.words,
-            counts,
-            sums,
-            *out,
-            n_rays,
-            bits.resolution,
-            word_count(bits.resolution),
-            step,
-            lattice_points(step),
-            **LAUNCH.options,
-        )
-
-    launch(*[None] * 6)
-    allotment = allot(counts, sums, LAUNCH["RAYS"], capacity)
+    blocks = -(-n_rays // COUNT["RAYS"])
+    new = bits.words.new_empty
+    counts, sums, spans = new(n_rays), new(blocks), new(n_rays, 2, dtype=torch.float32)
+    origins, directions = origins.contiguous(), directions.contiguous()
+    if near is not None:
+        near = near.contiguous()
+    grid = (bits.words, bits.resolution, word_count(bits.resolution))
+    lattice = (step, lattice_points(step))
+    _count_kernel[(blocks,)](
+        origins, directions, near, *grid, *lattice, counts, sums, spans, n_rays, **COUNT.options
+    )
+    allotment = allot(counts, sums, COUNT["RAYS"], capacity)
     samples = buffers(allotment, n_rays, capacity)
-    launch(*allotment, samples.ray_indices, samples.t_starts, samples.t_ends, samples.packed_info)
+    _write_kernel[(blocks,)](
+        origins,
+        directions,
+        near,
+        bits.words,
+        bits.resolution,
+        step,
+        counts,
+        spans,
+        *allotment,
+        samples.ray_indices,
+        samples.t_starts,
+        samples.t_ends,
+        samples.packed_info,
+        n_rays,
+        **WRITE.options,
+    )
     return samples
 
 
@@ -177,47 +184,53 @@ def _ahead(coordinate, start, inverse, edge):
 
 
 @jit
-def _march_kernel(
-    p_origins,
-    p_directions,
-    p_near,
-    p_words,
-    p_counts,
-    p_sums,
-    p_begins,
-    p_totals,
-    p_ray_indices,
-    p_t_starts,
-    p_t_ends,
-    p_packed_info,
-    n_rays,
-    grid,
-    cell_words,
-    step,
-    points,
-    RAYS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Count the samples of RAYS rays; where ``p_begins`` is given, write them."""
-    ray = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
-    m_ray = ray < n_rays
-    near = tl.zeros((RAYS,), dtype=tl.float32)
+def _load_rays(p_origins, p_directions, p_near, ray, m_ray):
+    """Origins and directions of rays, and where their lattices begin."""
+    near = tl.zeros(ray.shape, dtype=tl.float32)
     if p_near is not None:
         near = tl.load(p_near + ray, mask=m_ray, other=0.0)
-    half = grid / 2.0
     ox = tl.load(p_origins + ray * 3, mask=m_ray, other=0.0)
     oy = tl.load(p_origins + ray * 3 + 1, mask=m_ray, other=0.0)
     oz = tl.load(p_origins + ray * 3 + 2, mask=m_ray, other=0.0)
     dx = tl.load(p_directions + ray * 3, mask=m_ray, other=1.0)
     dy = tl.load(p_directions + ray * 3 + 1, mask=m_ray, other=1.0)
     dz = tl.load(p_directions + ray * 3 + 2, mask=m_ray, other=1.0)
+    return ox, oy, oz, dx, dy, dz, near
+
+
+@jit
+def _cell(start, slope, middle, grid):
+    """The coordinate of a point in cells, by one axis."""
+    return tl.minimum(tl.maximum(start + slope * middle, 0.0), grid - 1.0)
+
+
+@jit
+def _count_kernel(
+    p_origins,
+    p_directions,
+    p_near,
+    p_words,
+    grid,
+    cell_words,
+    step,
+    points,
+    p_counts,
+    p_sums,
+    p_spans,
+    n_rays,
+    RAYS: tl.constexpr,
+):
+    """How many samples RAYS rays have, and between which points of the lattice they lie."""
+    ray = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
+    m_ray = ray < n_rays
+    ox, oy, oz, dx, dy, dz, near = _load_rays(p_origins, p_directions, p_near, ray, m_ray)
     enter_x, leave_x, inverse_x = _slab(ox, dx)
     enter_y, leave_y, inverse_y = _slab(oy, dy)
     enter_z, leave_z, inverse_z = _slab(oz, dz)
     enter = tl.maximum(tl.maximum(enter_x, enter_y), enter_z)
     leave = tl.minimum(tl.minimum(leave_x, leave_y), leave_z)
 
-    # Lattice points are counted in floating point, where far ones cannot overflow.
+    # Points of the lattice are numbered in floating point, where far ones cannot overflow.
     k = tl.maximum(tl.ceil((enter - near) / step - 0.5) - 1.0, 0.0)
     last = tl.minimum(k + points, tl.ceil((leave - near) / step - 0.5) + 1.0)
     # Both may be too generous by rounding and by the point added to make up for it.
@@ -227,24 +240,20 @@ def _march_kernel(
     last = tl.where(m_ray & (enter < leave), last, 0.0)
 
     # From here on in cells.
+    half = grid / 2.0
     ox, oy, oz = (ox + 1.0) * half, (oy + 1.0) * half, (oz + 1.0) * half
     dx, dy, dz = dx * half, dy * half, dz * half
     inverse_x, inverse_y, inverse_z = inverse_x / half, inverse_y / half, inverse_z / half
-    top = grid - 1.0
     blocks = (grid + CELLS - 1) // CELLS
-
-    limit = tl.full((RAYS,), 2**31 - 1, dtype=tl.int32)
-    if p_begins is not None:
-        limit, begin = share_out(p_counts, p_begins, p_totals, p_packed_info, ray, m_ray)
-    found = tl.zeros((RAYS,), dtype=tl.int32)
-    m = (k < last) & (found < limit)
+    count = tl.zeros((RAYS,), dtype=tl.int32)
+    first = tl.zeros((RAYS,), dtype=tl.float32)
+    end = tl.zeros((RAYS,), dtype=tl.float32)
+    m = k < last
     while tl.max(m.to(tl.int32)) > 0:
         middle = near + (k + 0.5) * step
-        x = tl.minimum(tl.maximum(ox + dx * middle, 0.0), top)
-        y = tl.minimum(tl.maximum(oy + dy * middle, 0.0), top)
-        z = tl.minimum(tl.maximum(oz + dz * middle, 0.0), top)
+        x, y, z = _cell(ox, dx, middle, grid), _cell(oy, dy, middle, grid), _cell(oz, dz, middle, grid)
         cx, cy, cz = x.to(tl.int32), y.to(tl.int32), z.to(tl.int32)
-        occupied = _bit(p_words, cx, cy, cz, grid, m)
+        occupied = m & (_bit(p_words, cx, cy, cz, grid, m) == 1)
         block = _bit(p_words + cell_words, cx // CELLS, cy // CELLS, cz // CELLS, blocks, m)
         edge = tl.where(block == 1, 1.0, CELLS)
         ahead = tl.minimum(
@@ -253,24 +262,65 @@ def _march_kernel(
         )
         # Every midpoint before ``ahead`` lies in the same cell or empty block as this one.
         after = tl.minimum(tl.maximum(tl.ceil((ahead - near) / step - 0.5), k + 1.0), last)
-        if p_begins is not None:
-            after = tl.where(occupied == 1, tl.minimum(after, k + CHUNK), after)
-            number = tl.arange(0, CHUNK)[None, :]
-            run = tl.where(m & (occupied == 1), tl.minimum((after - k).to(tl.int32), limit - found), 0)
-            m_sample = number < run[:, None]
-            start = near[:, None] + (k[:, None] + number) * step
-            row = (begin + found)[:, None] + number
-            tl.store(p_ray_indices + row, tl.broadcast_to(ray[:, None], (RAYS, CHUNK)), mask=m_sample)
-            tl.store(p_t_starts + row, start, mask=m_sample)
-            tl.store(p_t_ends + row, start + step, mask=m_sample)
-            found += run
-        else:
-            found += tl.where(m & (occupied == 1), (after - k).to(tl.int32), 0)
+        first = tl.where(occupied & (count == 0), k, first)
+        count += tl.where(occupied, (after - k).to(tl.int32), 0)
+        end = tl.where(occupied, after, end)
         k = after
-        m = (k < last) & (found < limit)
-    if p_begins is None:
-        tl.store(p_counts + ray, found, mask=m_ray)
-        tl.store(p_sums + tl.program_id(0), tl.sum(found))
+        m = k < last
+    tl.store(p_counts + ray, count, mask=m_ray)
+    tl.store(p_sums + tl.program_id(0), tl.sum(count))
+    tl.store(p_spans + ray * 2, first, mask=m_ray)
+    tl.store(p_spans + ray * 2 + 1, end, mask=m_ray)
+
+
+@jit
+def _write_kernel(
+    p_origins,
+    p_directions,
+    p_near,
+    p_words,
+    grid,
+    step,
+    p_counts,
+    p_spans,
+    p_begins,
+    p_totals,
+    p_ray_indices,
+    p_t_starts,
+    p_t_ends,
+    p_packed_info,
+    n_rays,
+    RAYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write the samples of RAYS rays, CHUNK lattice points of each at a time."""
+    ray = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
+    m_ray = ray < n_rays
+    limit, begin = share_out(p_counts, p_begins, p_totals, p_packed_info, ray, m_ray)
+    k = tl.load(p_spans + ray * 2, mask=m_ray, other=0.0)
+    end = tl.where(limit > 0, tl.load(p_spans + ray * 2 + 1, mask=m_ray, other=0.0), 0.0)
+    ox, oy, oz, dx, dy, dz, near = _load_rays(p_origins, p_directions, p_near, ray, m_ray)
+    half = grid / 2.0
+    ox, oy, oz = ((ox + 1.0) * half)[:, None], ((oy + 1.0) * half)[:, None], ((oz + 1.0) * half)[:, None]
+    dx, dy, dz = (dx * half)[:, None], (dy * half)[:, None], (dz * half)[:, None]
+    written = tl.zeros((RAYS,), dtype=tl.int32)
+    longest = tl.max(end - k)
+    done = 0
+    while done < longest:
+        point = (k + done)[:, None] + tl.arange(0, CHUNK)[None, :].to(tl.float32)
+        m = point < end[:, None]
+        middle = near[:, None] + (point + 0.5) * step
+        x, y, z = _cell(ox, dx, middle, grid), _cell(oy, dy, middle, grid), _cell(oz, dz, middle, grid)
+        sample = tl.where(m, _bit(p_words, x.to(tl.int32), y.to(tl.int32), z.to(tl.int32), grid, m), 0)
+        number = written[:, None] + tl.cumsum(sample, axis=1) - 1
+        m_sample = (sample == 1) & (number < limit[:, None])
+        start = near[:, None] + point * step
+        row = begin[:, None] + number
+        tl.store(p_ray_indices + row, tl.broadcast_to(ray[:, None], (RAYS, CHUNK)), mask=m_sample)
+        tl.store(p_t_starts + row, start, mask=m_sample)
+        tl.store(p_t_ends + row, start + step, mask=m_sample)
+        written += tl.sum(sample, axis=1)
+        done += CHUNK
 
 
 @jit

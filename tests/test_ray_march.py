@@ -7,9 +7,14 @@ import math
 
 import pytest
 import torch
+from ahead import compile_ahead
 from nerf_references import RENDER, recorded
+from ragged import assert_same_samples, moved, poisoned_memory
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from imagedream_rt.engine.cameras import orbit_cameras
+from imagedream_rt.engine.config import OFFICIAL
 from imagedream_rt.kernels import ray_march
 from imagedream_rt.kernels.ray_march import march
 from imagedream_rt.kernels.samples import Samples, pack
@@ -23,9 +28,26 @@ def along(axis: int, start: tuple[float, float, float], sign: float = 1.0) -> tu
     return torch.tensor([start]), direction
 
 
-def lattice(samples: Samples, near: Tensor) -> set[tuple[int, int]]:
-    place = ((samples.t_starts - near[samples.ray_indices]) / RENDER.step_size).round().long()
+def lattice(samples: Samples, near: Tensor, step: float) -> set[tuple[int, int]]:
+    samples = moved(samples, "cpu")
+    place = ((samples.t_starts - near[samples.ray_indices]) / step).round().long()
     return set(zip(samples.ray_indices.tolist(), place.tolist(), strict=True))
+
+
+def assert_same_march(
+    got: Samples, wanted: Samples, origins: Tensor, directions: Tensor, near: Tensor, step: float, grid: int
+) -> None:
+    """The same samples, but for a few whose midpoint lies within rounding of a cell border."""
+    differing = lattice(got, near, step) ^ lattice(wanted, near, step)
+    assert len(differing) <= 2 + 1e-4 * len(wanted)
+    for ray, place in differing:
+        middle = near[ray] + (place + 0.5) * step
+        cell = (origins[ray] + middle * directions[ray] + 1) * (grid / 2)
+        assert (cell - cell.round()).abs().min() < 1e-4
+    if not differing:
+        torch.testing.assert_close(got.t_starts.cpu(), wanted.t_starts.cpu(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(got.t_ends.cpu(), wanted.t_ends.cpu(), rtol=0, atol=1e-6)
+        assert torch.equal(got.packed_info.cpu().long(), wanted.packed_info.cpu().long())
 
 
 @pytest.mark.parametrize("case", ["train_ambient", "train_diffuse"])
@@ -37,16 +59,7 @@ def test_recorded_traversal(case: str) -> None:
     got = march(origins, directions, occupied, RENDER.step_size, near)
     t_starts = fixture[f"{case}.march.t_starts"]
     wanted = pack(fixture[f"{case}.march.ray_indices"], t_starts, t_starts + RENDER.step_size, len(near))
-    differing = lattice(got, near) ^ lattice(wanted, near)
-    # Only where the midpoint lies within rounding of a cell border.
-    assert len(differing) <= 2
-    for ray, place in differing:
-        middle = near[ray] + (place + 0.5) * RENDER.step_size
-        cell = (origins[ray] + middle * directions[ray] + 1) * 16
-        assert (cell - cell.round()).abs().min() < 1e-4
-    if not differing:
-        torch.testing.assert_close(got.t_starts, wanted.t_starts, rtol=0, atol=1e-6)
-        assert torch.equal(got.packed_info, wanted.packed_info)
+    assert_same_march(got, wanted, origins, directions, near, RENDER.step_size, 32)
 
 
 def test_against_one_point_at_a_time() -> None:
@@ -116,6 +129,90 @@ def test_only_occupied_cells_in_x_y_z_order() -> None:
     assert got.t_starts.tolist() == [3.5, 3.75]
 
 
+def rays_into_the_box(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """From around and within the box, most of them towards its middle."""
+    origins = torch.randn(count, 3, generator=generator)
+    return origins, normalize(torch.randn(count, 3, generator=generator) - origins, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "share", "step", "rays"),
+    [
+        (5, 0.3, 0.08, 40),
+        (16, 0.02, 0.06, 33),  # mostly empty blocks
+        (3, 1.0, 0.9, 20),  # steps longer than a cell
+        (2, 0.5, 0.011, 8),  # more steps in a cell than are written at once
+    ],
+)
+@pytest.mark.parametrize("with_near", [True, False])
+def test_kernel_against_reference(
+    grid: int, share: float, step: float, rays: int, with_near: bool, kernel_device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(grid)
+    occupied = torch.rand(grid, grid, grid, generator=generator) < share
+    origins, directions = rays_into_the_box(rays, generator)
+    near = torch.rand(rays, generator=generator) * step if with_near else None
+    wanted = march(origins, directions, occupied, step, near, backend="torch")
+    assert len(wanted) > 15
+    on_device = [x if x is None else x.to(kernel_device) for x in (origins, directions, occupied, near)]
+    with poisoned_memory():
+        got = march(*on_device[:3], step, on_device[3], backend="triton")
+    near = torch.zeros(rays) if near is None else near
+    assert_same_march(got, wanted, origins, directions, near, step, grid)
+    assert got.ray_indices.dtype == torch.int32
+
+
+def test_kernel_on_rays_along_axes_and_in_faces(kernel_device: torch.device) -> None:
+    directions = torch.cat((torch.eye(3), -torch.eye(3), torch.eye(3), torch.eye(3)))
+    origins = -3 * directions
+    origins[:6] += 0.1
+    origins[6:9][directions[6:9] == 0] = -1.0  # in an edge of the box
+    origins[9:] += 2.5  # beside the box
+    origins[1] = 0.25  # from within
+    wanted = march(origins, directions, FULL, 0.1, backend="torch")
+    rays = (origins.to(kernel_device), directions.to(kernel_device), FULL.to(kernel_device))
+    assert_same_samples(
+        moved(march(*rays, 0.1, backend="triton"), "cpu"), march(origins, directions, FULL, 0.1)
+    )
+    assert (wanted.packed_info[:6, 1] > 0).all()
+    assert not wanted.packed_info[9:, 1].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("capacity", [2000, 150, 3])
+def test_fixed_capacity(backend: str, capacity: int, kernel_device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    occupied = (torch.rand(6, 6, 6, generator=generator) < 0.5).to(kernel_device)
+    rays = [part.to(kernel_device) for part in rays_into_the_box(30, generator)]
+    every = march(*rays, occupied, 0.1, backend=backend)
+    with poisoned_memory():
+        got = march(*rays, occupied, 0.1, capacity=capacity, backend=backend)
+    assert_same_samples(got, every.within(capacity))
+    assert 150 < len(every) < 2000
+
+
+def test_kernel_on_strided_and_missing_rays(kernel_device: torch.device) -> None:
+    origins, directions = rays_into_the_box(10, torch.Generator().manual_seed(2))
+    both = torch.stack((origins, directions), dim=-1).to(kernel_device)
+    occupied = (torch.rand(4, 4, 4) < 0.5).to(kernel_device).permute(2, 1, 0)
+    assert_same_samples(
+        march(both[..., 0], both[..., 1], occupied, 0.2, backend="triton"),
+        march(both[..., 0], both[..., 1], occupied, 0.2, backend="torch"),
+    )
+    none = march(both[:0, :, 0], both[:0, :, 1], occupied, 0.2, backend="triton")
+    assert none.packed_info.shape == (0, 2)
+    empty = march(both[..., 0], both[..., 1], torch.zeros_like(occupied), 0.2, backend="triton")
+    assert not empty.packed_info.any()
+    assert len(empty) == 0
+
+
+def test_many_rays_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    origins, directions = rays_into_the_box(50, torch.Generator().manual_seed(2))
+    whole = march(origins, directions, FULL, 0.1)
+    monkeypatch.setattr(ray_march, "LATTICE_POINTS", 300)
+    assert_same_samples(march(origins, directions, FULL, 0.1), whole)
+
+
 def test_errors() -> None:
     origins, directions = along(0, (-3.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"both must be \[R, 3\]"):
@@ -126,7 +223,66 @@ def test_errors() -> None:
         march(origins, directions, FULL, 0.0)
     with pytest.raises(ValueError, match="near is"):
         march(origins, directions, FULL, 0.5, torch.zeros(2))
+    many = origins.expand(2**20, 3)
+    with pytest.raises(ValueError, match="1048576 rays of up to 3467 samples are too many"):
+        march(many, many, FULL, 1e-3, backend="triton")
 
 
 def test_examples() -> None:
     assert doctest.testmod(ray_march).failed == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_ahead_of_time(arch: int) -> None:
+    rays = dict.fromkeys(("p_origins", "p_directions", "p_near"), "*fp32")
+    rays |= dict.fromkeys(("p_words", "p_counts"), "*i32") | dict.fromkeys(("grid", "n_rays"), "i32")
+    rays |= {"p_spans": "*fp32", "step": "fp32"}
+    count = {**rays, "cell_words": "i32", "points": "i32", "p_sums": "*i32"}
+    launch = ray_march.COUNT
+    compile_ahead("ray_march", "_count_kernel", count, [dict(launch.constants)], arch, warps=launch.warps)
+    integers = ("p_begins", "p_totals", "p_ray_indices", "p_packed_info")
+    write = rays | dict.fromkeys(integers, "*i32") | dict.fromkeys(("p_t_starts", "p_t_ends"), "*fp32")
+    launch = ray_march.WRITE
+    compile_ahead("ray_march", "_write_kernel", write, [dict(launch.constants)], arch, warps=launch.warps)
+
+
+def official_rays(views: int, resolution: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rays at a ball of occupied cells, on the GPU."""
+    azimuths = [360 * view / views for view in range(views)]
+    rays = orbit_cameras(azimuths, 5.0, 47.5, 1.5).to(torch.device("cuda")).rays(resolution)
+    centre = (torch.arange(32, device="cuda") + 0.5) / 16 - 1
+    ball = torch.stack(torch.meshgrid(centre, centre, centre, indexing="ij")).norm(dim=0) < 0.55
+    return rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3), ball
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("views", "resolution"), [(8, 64), (4, 256)])
+def test_official_rays(views: int, resolution: int) -> None:
+    origins, directions, ball = official_rays(views, resolution)
+    step = OFFICIAL.render.step_size
+    near = torch.rand(len(origins), device="cuda") * step
+    got = march(origins, directions, ball, step, near)
+    wanted = march(origins, directions, ball, step, near, backend="torch")
+    difference = (got.packed_info[:, 1] - wanted.packed_info[:, 1]).abs()
+    # Midpoints within rounding of a cell border.
+    assert difference.max() <= 3
+    assert difference.sum() <= 1e-4 * len(wanted)
+    same = difference.cumsum(0) == 0
+    rows = int(wanted.packed_info[same, 1].sum())
+    assert rows > 0
+    torch.testing.assert_close(got.t_starts[:rows], wanted.t_starts[:rows], rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph() -> None:
+    origins, directions, ball = official_rays(4, 64)
+    step, capacity = OFFICIAL.render.step_size, 2**20
+    march(origins, directions, ball, step, capacity=capacity)
+    still = torch.zeros_like(ball)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = march(origins, directions, still, step, capacity=capacity)
+    for occupied in (ball, ball & (torch.rand(32, 32, 32, device="cuda") < 0.1)):
+        still.copy_(occupied)
+        graph.replay()
+        assert_same_samples(got.trim(), march(origins, directions, occupied, step))
