@@ -83,7 +83,8 @@ def march_reference(
         rows = slice(start, start + chunk)
         part = _march_lattice(origins[rows], directions[rows], occupied, step, near[rows])
         parts.append((part[0] + start, *part[1:]))
-    return pack(*(torch.cat(column) for column in zip(*parts, strict=True)), n_rays)
+    ray_indices, t_starts, t_ends = (torch.cat(column) for column in zip(*parts, strict=True))
+    return pack(ray_indices, t_starts, t_ends, n_rays)
 
 
 def lattice_points(step: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ def ragged(
 
 
 def moved(samples: Samples, device: torch.device | str) -> Samples:
-    parts = (getattr(samples, name) for name in Samples.__dataclass_fields__)
-    return Samples(*(None if part is None else part.to(device) for part in parts))
+    held = {name: getattr(samples, name) for name in Samples.__dataclass_fields__}
+    return replace(samples, **{name: part.to(device) for name, part in held.items() if part is not None})
 
 
 def assert_same_samples(found: Samples, wanted: Samples) -> None:
@@ -41,6 +42,13 @@ def assert_same_samples(found: Samples, wanted: Samples) -> None:
         assert (one is None) == (other is None), name
         if one is not None:
             assert torch.equal(one.double(), other.double()), name
+
+
+def number(held: Tensor | None) -> int:
+    """Of :attr:`Samples.count` or :attr:`Samples.found` of samples in buffers of a fixed capacity."""
+    assert held is not None
+    assert held.shape == (1,)
+    return int(held)
 
 
 def padded(x: Tensor, rows: int, value: float = float("nan")) -> Tensor:

@@ -13,6 +13,7 @@ from ragged import COUNTS, moved, padded, poisoned_memory, ragged
 from torch import Tensor
 
 from imagedream_rt.kernels import composite as module
+from imagedream_rt.kernels._triton import KernelBackend
 from imagedream_rt.kernels.composite import composite, render_weights
 from imagedream_rt.kernels.samples import Samples, pack
 
@@ -139,7 +140,7 @@ def test_examples() -> None:
 
 
 def everything(
-    sigma: Tensor, values: Tensor, samples: Samples, backend: str, outputs: str = "wvodz"
+    sigma: Tensor, values: Tensor, samples: Samples, backend: KernelBackend, outputs: str = "wvodz"
 ) -> list[Tensor]:
     """Results, and gradients for fixed random gradients by those of the results that ``outputs`` names."""
     sigma, values = sigma.detach().requires_grad_(), values.detach().requires_grad_()
@@ -148,10 +149,7 @@ def everything(
     cotangents = [torch.randn(result.shape).to(result) for result in results]
     chosen = [number for number, name in enumerate("wvodz") if name in outputs]
     loss = sum((list(results)[number] * cotangents[number]).sum() for number in chosen)
-    grads = torch.autograd.grad(loss, (sigma, values), allow_unused=True)
-    grads = [
-        torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, (sigma, values), strict=True)
-    ]
+    grads = torch.autograd.grad(loss, (sigma, values), allow_unused=True, materialize_grads=True)
     return [*(x.detach() for x in results), *grads]
 
 
@@ -193,7 +191,8 @@ def test_kernel_in_buffers_of_a_fixed_capacity(kernel_device: torch.device) -> N
     wanted = everything(sigma, values, samples, "torch")
     roomy = moved(samples.within(99), kernel_device)
     wide = (padded(sigma, 99).to(kernel_device), padded(values, 99).to(kernel_device), roomy)
-    for backend in ("triton", "torch"):
+    backends: tuple[KernelBackend, ...] = ("triton", "torch")
+    for backend in backends:
         with poisoned_memory():
             got = everything(*wide, backend)
         for result in (got[0], *got[5:]):
@@ -236,7 +235,8 @@ def test_without_gradient_of_the_values(kernel_device: torch.device) -> None:
     samples = ragged(COUNTS, device=kernel_device)
     sigma = torch.rand(len(samples), device=kernel_device).requires_grad_()
     values = torch.rand(len(samples), 3, device=kernel_device)
-    for backend in ("triton", "torch"):
+    backends: tuple[KernelBackend, ...] = ("triton", "torch")
+    for backend in backends:
         composite(sigma, values, samples, backend=backend).values.sum().backward()
     assert sigma.grad is not None
     assert sigma.grad.isfinite().all()

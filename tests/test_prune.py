@@ -8,10 +8,11 @@ import pytest
 import torch
 from ahead import compile_ahead
 from nerf_references import recorded
-from ragged import COUNTS, assert_same_samples, moved, padded, poisoned_memory, ragged
+from ragged import COUNTS, assert_same_samples, moved, number, padded, poisoned_memory, ragged
 from torch import Tensor
 
 from imagedream_rt.kernels import prune as module
+from imagedream_rt.kernels._triton import KernelBackend
 from imagedream_rt.kernels.prune import prune, visible
 from imagedream_rt.kernels.samples import Samples, pack
 
@@ -29,11 +30,11 @@ def unit_samples(count: int) -> Samples:
 
 
 @pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest, kernel_device: torch.device) -> str:
+def backend(request: pytest.FixtureRequest, kernel_device: torch.device) -> KernelBackend:
     return request.param
 
 
-def test_recorded_visibility(backend: str, kernel_device: torch.device) -> None:
+def test_recorded_visibility(backend: KernelBackend, kernel_device: torch.device) -> None:
     samples, sigma = recorded_samples(), recorded()["composite.sigmas"]
     mask = recorded()["composite.visibility_eps1e-4_alpha0.01"]
     assert torch.equal(visible(sigma, samples, 1e-4, 0.01), mask)
@@ -41,7 +42,7 @@ def test_recorded_visibility(backend: str, kernel_device: torch.device) -> None:
     assert_same_samples(moved(got, "cpu"), samples.keep(mask))
 
 
-def test_by_hand(backend: str, kernel_device: torch.device) -> None:
+def test_by_hand(backend: KernelBackend, kernel_device: torch.device) -> None:
     sigma, samples = (
         torch.tensor([0.001, 5.0, 5.0, 5.0]).to(kernel_device),
         moved(unit_samples(4), kernel_device),
@@ -70,22 +71,24 @@ def test_kernel_against_reference(stop: float, least: float, kernel_device: torc
 
 
 @pytest.mark.parametrize("capacity", [100, 20, 3, 0])
-def test_fixed_capacity_in_and_out(capacity: int, backend: str, kernel_device: torch.device) -> None:
+def test_fixed_capacity_in_and_out(
+    capacity: int, backend: KernelBackend, kernel_device: torch.device
+) -> None:
     sigma, samples = scene(kernel_device)
     wanted = prune(sigma, samples, 1e-2, 0.05, backend="torch").within(capacity)
     with poisoned_memory():
         got = prune(padded(sigma, 99), samples.within(99), 1e-2, 0.05, capacity=capacity, backend=backend)
     assert_same_samples(got, wanted)
-    assert wanted.found > 20
+    assert number(wanted.found) > 20
 
 
-def test_light_ends_where_matter_is_opaque(backend: str, kernel_device: torch.device) -> None:
+def test_light_ends_where_matter_is_opaque(backend: KernelBackend, kernel_device: torch.device) -> None:
     sigma = torch.full((100,), 1e6, device=kernel_device)
     got = prune(sigma, moved(unit_samples(100), kernel_device), 1e-4, 0.01, backend=backend)
     assert got.t_starts.tolist() == [0.0]
 
 
-def test_thin_matter_keeps_its_digits(backend: str, kernel_device: torch.device) -> None:
+def test_thin_matter_keeps_its_digits(backend: KernelBackend, kernel_device: torch.device) -> None:
     # 1 - exp(-1e-5) would be wrong by a percent in float32.
     sigma, samples = torch.full((5,), 1e-5, device=kernel_device), moved(unit_samples(5), kernel_device)
     assert len(prune(sigma, samples, 1e-4, 0.9999e-5, backend=backend)) == 5
@@ -142,6 +145,6 @@ def test_many_rays_and_a_captured_graph() -> None:
     still.copy_(sigma)
     graph.replay()
     # At the thresholds rounding decides.
-    assert abs(int(got.count) - len(wanted)) <= 5
-    if int(got.count) == len(wanted):
+    assert abs(number(got.count) - len(wanted)) <= 5
+    if number(got.count) == len(wanted):
         assert_same_samples(got.trim(), wanted)

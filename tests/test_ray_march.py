@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from imagedream_rt.engine.cameras import orbit_cameras
 from imagedream_rt.engine.config import OFFICIAL
 from imagedream_rt.kernels import ray_march
+from imagedream_rt.kernels._triton import KernelBackend
 from imagedream_rt.kernels.ray_march import march
 from imagedream_rt.kernels.samples import Samples, pack
 
@@ -154,9 +155,15 @@ def test_kernel_against_reference(
     near = torch.rand(rays, generator=generator) * step if with_near else None
     wanted = march(origins, directions, occupied, step, near, backend="torch")
     assert len(wanted) > 15
-    on_device = [x if x is None else x.to(kernel_device) for x in (origins, directions, occupied, near)]
     with poisoned_memory():
-        got = march(*on_device[:3], step, on_device[3], backend="triton")
+        got = march(
+            origins.to(kernel_device),
+            directions.to(kernel_device),
+            occupied.to(kernel_device),
+            step,
+            None if near is None else near.to(kernel_device),
+            backend="triton",
+        )
     near = torch.zeros(rays) if near is None else near
     assert_same_march(got, wanted, origins, directions, near, step, grid)
     assert got.ray_indices.dtype == torch.int32
@@ -171,22 +178,21 @@ def test_kernel_on_rays_along_axes_and_in_faces(kernel_device: torch.device) -> 
     origins[1] = 0.25  # from within
     wanted = march(origins, directions, FULL, 0.1, backend="torch")
     rays = (origins.to(kernel_device), directions.to(kernel_device), FULL.to(kernel_device))
-    assert_same_samples(
-        moved(march(*rays, 0.1, backend="triton"), "cpu"), march(origins, directions, FULL, 0.1)
-    )
+    got = march(rays[0], rays[1], rays[2], 0.1, backend="triton")
+    assert_same_samples(moved(got, "cpu"), wanted)
     assert (wanted.packed_info[:6, 1] > 0).all()
     assert not wanted.packed_info[9:, 1].any()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("capacity", [2000, 150, 3])
-def test_fixed_capacity(backend: str, capacity: int, kernel_device: torch.device) -> None:
+def test_fixed_capacity(backend: KernelBackend, capacity: int, kernel_device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
     occupied = (torch.rand(6, 6, 6, generator=generator) < 0.5).to(kernel_device)
     rays = [part.to(kernel_device) for part in rays_into_the_box(30, generator)]
-    every = march(*rays, occupied, 0.1, backend=backend)
+    every = march(rays[0], rays[1], occupied, 0.1, backend=backend)
     with poisoned_memory():
-        got = march(*rays, occupied, 0.1, capacity=capacity, backend=backend)
+        got = march(rays[0], rays[1], occupied, 0.1, capacity=capacity, backend=backend)
     assert_same_samples(got, every.within(capacity))
     assert 150 < len(every) < 2000
 
