@@ -75,6 +75,11 @@ def level_parameters(levels: tuple[GridLevel, ...], device: torch.device) -> Ten
     return torch.tensor(columns, dtype=torch.int32).t().contiguous().to(device)
 
 
+def adds_vectors(device: torch.device) -> bool:
+    """Whether one atomic operation adds up to four neighbouring numbers: since Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @jit
 def load_levels(p_levels, number, COUNT: tl.constexpr):
     """One level (``number`` a scalar) or several at once (a block); COUNT is ``padded(levels)``."""
@@ -177,19 +182,7 @@ def lookup(p_table, cell, fraction, level, m, F: tl.constexpr):
 
 
 @jit
-def _scatter_corner(
-    p_grad,
-    cell,
-    fraction,
-    level,
-    m,
-    g,
-    slopes,
-    X: tl.constexpr,
-    Y: tl.constexpr,
-    Z: tl.constexpr,
-    F: tl.constexpr,
-):
+def _corner_share(fraction, level, g, slopes, X: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr):
     wx = tl.expand_dims(fraction[0] if X else 1.0 - fraction[0], -1)
     wy = tl.expand_dims(fraction[1] if Y else 1.0 - fraction[1], -1)
     wz = tl.expand_dims(fraction[2] if Z else 1.0 - fraction[2], -1)
@@ -199,19 +192,60 @@ def _scatter_corner(
         share += (scale if X else -scale) * (wy * wz) * slopes[0]
         share += (scale if Y else -scale) * (wx * wz) * slopes[1]
         share += (scale if Z else -scale) * (wx * wy) * slopes[2]
-    row = corner_row(cell, level, X, Y, Z)
-    tl.atomic_add(p_grad + _numbers(row, F), share, mask=m, sem="relaxed")
+    return share
 
 
 @jit
-def scatter(p_grad, cell, fraction, level, m, g, slopes, F: tl.constexpr):
-    """Add to the table's gradient, float32, where ``m`` [*S].
+def corner_shares(fraction, level, g, slopes):
+    """Gradients by the entries of the eight corners: a tuple of [*S, F], by z, y, x.
 
-    ``g`` [*S, F] is the gradient by the features and ``slopes`` the three by their derivatives, or None. The
-    additions are atomic and come in any order, so the last bits differ from run to run.
+    ``g`` [*S, F] is the gradient by the features and ``slopes`` the three by their derivatives, or None.
     """
-    m = tl.expand_dims(m, -1)
+    shares = ()
     for corner in tl.static_range(8):
-        _scatter_corner(
-            p_grad, cell, fraction, level, m, g, slopes, corner & 1, corner >> 1 & 1, corner >> 2, F
-        )
+        share = _corner_share(fraction, level, g, slopes, corner & 1, corner >> 1 & 1, corner >> 2)
+        shares += (share,)
+    return shares
+
+
+@jit
+def _add_edge(p_grad, cell, level, m, lower, upper, Y: tl.constexpr, Z: tl.constexpr, F: tl.constexpr):
+    """Add to both ends of an edge in x, in one operation where they fill an aligned pair of rows.
+
+    The next vertex in x is the next row of a dense level, and every second vertex differs from the next in
+    the last bit of its hash alone: half of all edges are such pairs.
+    """
+    row, next_row = corner_row(cell, level, 0, Y, Z), corner_row(cell, level, 1, Y, Z)
+    apart = next_row // 2 != row // 2
+    odd = tl.expand_dims(row % 2 == 1, -1)
+    beside = tl.where(tl.expand_dims(apart, -1), 0.0, upper)
+    both = tl.trans(tl.join(tl.where(odd, beside, lower), tl.where(odd, lower, beside)))
+    p_pair = p_grad + _numbers(row // 2, 2 * F)
+    tl.atomic_add(p_pair, tl.reshape(both, p_pair.shape), mask=tl.expand_dims(m, -1), sem="relaxed")
+    p_next = p_grad + _numbers(next_row, F)
+    tl.atomic_add(p_next, upper, mask=tl.expand_dims(m & apart, -1), sem="relaxed")
+
+
+@jit
+def add_to_corners(p_grad, cell, level, m, shares, F: tl.constexpr, PAIRS: tl.constexpr):
+    """Add :func:`corner_shares` to the table's gradient, float32, where ``m`` [*S].
+
+    The additions are atomic and come in any order, so the last bits differ from run to run. What limits them
+    is their number, not their width up to four numbers: with PAIRS there are six to a point in place of eight,
+    on devices that :func:`adds_vectors`.
+    """
+    if PAIRS:
+        for edge in tl.static_range(4):
+            lower, upper = shares[2 * edge], shares[2 * edge + 1]
+            _add_edge(p_grad, cell, level, m, lower, upper, edge & 1, edge >> 1, F)
+    else:
+        for corner in tl.static_range(8):
+            row = corner_row(cell, level, corner & 1, corner >> 1 & 1, corner >> 2)
+            p_row = p_grad + _numbers(row, F)
+            tl.atomic_add(p_row, shares[corner], mask=tl.expand_dims(m, -1), sem="relaxed")
+
+
+@jit
+def scatter(p_grad, cell, fraction, level, m, g, slopes, F: tl.constexpr, PAIRS: tl.constexpr = False):
+    """:func:`corner_shares` and :func:`add_to_corners` in one."""
+    add_to_corners(p_grad, cell, level, m, corner_shares(fraction, level, g, slopes), F, PAIRS)

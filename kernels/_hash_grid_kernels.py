@@ -13,18 +13,23 @@ from torch import Tensor
 
 from ._grid_lookup import (
     GridLevel,
+    add_to_corners,
+    adds_vectors,
+    corner_shares,
     level_parameters,
     load_levels,
     locate,
     lookup,
     lookup_with_slopes,
     padded,
-    scatter,
 )
 from ._triton import jit, tl
 
 POINTS, WARPS = 128, 4
 """Points of a program, one to a thread: more in a thread would move between threads on their way to memory."""
+
+RUN, REGIONS = 4, 64
+"""See :func:`scatter_kernel`."""
 
 
 @jit
@@ -34,15 +39,13 @@ def _valid(p_count, N):
 
 
 @jit
-def _load_points(p_x, n, stride_point, stride_axis, POINTS: tl.constexpr):
-    """This program's points: numbers, mask and coordinates, each [POINTS]."""
-    o = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    m = o < n
+def _load_points(p_x, o, m, stride_point, stride_axis):
+    """Coordinates of points ``o``, each [POINTS]."""
     p_x += o * stride_point
     x = tl.load(p_x, mask=m, other=0.0)
     y = tl.load(p_x + stride_axis, mask=m, other=0.0)
     z = tl.load(p_x + 2 * stride_axis, mask=m, other=0.0)
-    return o, m, x, y, z
+    return x, y, z
 
 
 @jit
@@ -80,11 +83,13 @@ def encode_kernel(
     n = _valid(p_count, N)
     if tl.program_id(0) * POINTS >= n:
         return
-    o, m, x, y, z = _load_points(p_x, n, stride_point, stride_axis, POINTS)
     number = tl.program_id(1)
     level = load_levels(p_levels, number, LEVELS)
-    cell, fraction = locate(x, y, z, level)
     first = (number * F).to(tl.int64)
+    o = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    m = o < n
+    x, y, z = _load_points(p_x, o, m, stride_point, stride_axis)
+    cell, fraction = locate(x, y, z, level)
     if p_slope is None:
         value = lookup(p_table, cell, fraction, level, m, F)
     else:
@@ -99,6 +104,56 @@ def encode_kernel(
 
 
 @jit
+def _same(a, b):
+    return (a[0] == b[0]) & (a[1] == b[1]) & (a[2] == b[2])
+
+
+@jit
+def _sum_where(m, a, b):
+    """b, plus a where ``m`` [POINTS]: tuples of [POINTS, F]."""
+    sums = ()
+    for number in tl.static_range(len(b)):
+        sums += (b[number] + tl.where(tl.expand_dims(m, -1), a[number], 0.0),)
+    return sums
+
+
+@jit
+def _shares_of_points(
+    p_x,
+    p_value,
+    p_slope,
+    o,
+    m,
+    level,
+    stride_point,
+    stride_axis,
+    value_row,
+    value_point,
+    slope_row,
+    slope_axis,
+    slope_point,
+    POINTS: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Cells of points ``o`` and what they add to the corners."""
+    x, y, z = _load_points(p_x, o, m, stride_point, stride_axis)
+    cell, fraction = locate(x, y, z, level)
+    if p_value is None:
+        g = tl.zeros((POINTS, F), tl.float32)
+    else:
+        g = _load_columns(p_value + o * value_point, value_row, m, F)
+    if p_slope is None:
+        slopes = None
+    else:
+        p_axis = p_slope + o * slope_point
+        gx = _load_columns(p_axis, slope_row, m, F)
+        gy = _load_columns(p_axis + slope_axis, slope_row, m, F)
+        gz = _load_columns(p_axis + 2 * slope_axis, slope_row, m, F)
+        slopes = (gx, gy, gz)
+    return cell, corner_shares(fraction, level, g, slopes)
+
+
+@jit
 def scatter_kernel(
     p_x,
     p_grad,
@@ -107,6 +162,7 @@ def scatter_kernel(
     p_value,
     p_slope,
     N,
+    regions,
     stride_point,
     stride_axis,
     value_row,
@@ -117,29 +173,72 @@ def scatter_kernel(
     LEVELS: tl.constexpr,
     F: tl.constexpr,
     POINTS: tl.constexpr,
+    RUN: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """Program (block of points, level). p_value, p_slope: gradients as in :func:`encode_kernel`, one may be
-    None."""
+    """Program (block of RUN POINTS points, level). p_value, p_slope: gradients of what :func:`encode_kernel`
+    writes; one may be None.
+
+    Neighbouring points are samples of a ray: many share a cell of the coarse levels, and additions to the
+    same entry wait for each other. So a thread takes RUN neighbours, one after another, and adds for those in
+    the same cell together; and programs that follow one another take blocks of different
+    ``regions``.
+    """
     n = _valid(p_count, N)
-    if tl.program_id(0) * POINTS >= n:
+    blocks = tl.cdiv(n, RUN * POINTS)
+    region_blocks = tl.cdiv(blocks, regions)
+    region, block = tl.program_id(0) % regions, tl.program_id(0) // regions
+    if (block >= region_blocks) | (region * region_blocks + block >= blocks):
         return
-    o, m, x, y, z = _load_points(p_x, n, stride_point, stride_axis, POINTS)
     number = tl.program_id(1)
     level = load_levels(p_levels, number, LEVELS)
-    cell, fraction = locate(x, y, z, level)
     first = (number * F).to(tl.int64)
-    if p_value is None:
-        g = tl.zeros((POINTS, F), tl.float32)
-    else:
-        g = _load_columns(p_value + first * value_row + o * value_point, value_row, m, F)
-    if p_slope is None:
-        scatter(p_grad, cell, fraction, level, m, g, None, F)
-    else:
-        p_slope += first * slope_row + o * slope_point
-        gx = _load_columns(p_slope, slope_row, m, F)
-        gy = _load_columns(p_slope + slope_axis, slope_row, m, F)
-        gz = _load_columns(p_slope + 2 * slope_axis, slope_row, m, F)
-        scatter(p_grad, cell, fraction, level, m, g, (gx, gy, gz), F)
+    if p_value is not None:
+        p_value += first * value_row
+    if p_slope is not None:
+        p_slope += first * slope_row
+    o = ((region * region_blocks + block).to(tl.int64) * POINTS + tl.arange(0, POINTS)) * RUN
+    m = o < n
+    cell, shares = _shares_of_points(
+        p_x,
+        p_value,
+        p_slope,
+        o,
+        m,
+        level,
+        stride_point,
+        stride_axis,
+        value_row,
+        value_point,
+        slope_row,
+        slope_axis,
+        slope_point,
+        POINTS,
+        F,
+    )
+    for step in tl.static_range(1, RUN):
+        m_next = o + step < n
+        cell_next, shares_next = _shares_of_points(
+            p_x,
+            p_value,
+            p_slope,
+            o + step,
+            m_next,
+            level,
+            stride_point,
+            stride_axis,
+            value_row,
+            value_point,
+            slope_row,
+            slope_axis,
+            slope_point,
+            POINTS,
+            F,
+        )
+        same = m_next & _same(cell, cell_next)
+        add_to_corners(p_grad, cell, level, m & ~same, shares, F, PAIRS)
+        cell, m, shares = cell_next, m_next, _sum_where(same, shares, shares_next)
+    add_to_corners(p_grad, cell, level, m, shares, F, PAIRS)
 
 
 def encode(
@@ -151,7 +250,7 @@ def encode(
     slope = x.new_empty(len(levels) * features, 3, n) if jacobian else None
     if n:
         parameters = level_parameters(levels, x.device)
-        encode_kernel[_programs(n, levels)](
+        encode_kernel[-(-n // POINTS), len(levels)](
             *(x, entries.contiguous(), parameters, count, value, slope, n, *x.stride()),
             **_constants(levels, features),
         )
@@ -172,15 +271,15 @@ def scatter_gradients(
         strides = (0, 0) if grad_value is None else grad_value.stride()
         strides += (0, 0, 0) if grad_slope is None else grad_slope.stride()
         parameters = level_parameters(levels, x.device)
-        scatter_kernel[_programs(len(x), levels)](
-            *(x, grad, parameters, count, grad_value, grad_slope, len(x), *x.stride(), *strides),
+        blocks = -(-len(x) // (RUN * POINTS))
+        regions = min(REGIONS, blocks)
+        scatter_kernel[-(-blocks // regions) * regions, len(levels)](
+            *(x, grad, parameters, count, grad_value, grad_slope, len(x), regions, *x.stride(), *strides),
             **_constants(levels, shape[1]),
+            RUN=RUN,
+            PAIRS=shape[1] <= 2 and adds_vectors(x.device),
         )
     return grad
-
-
-def _programs(n: int, levels: Sequence[GridLevel]) -> tuple[int, int]:
-    return -(-n // POINTS), len(levels)
 
 
 def _constants(levels: Sequence[GridLevel], features: int) -> dict[str, int]:
