@@ -13,10 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from command_line import SECONDS, CommandLine, save_object_picture
+from interpreter import take_scalars_as_loop_bounds
 
 # Before any kernel is defined: without a GPU, Triton's interpreter runs the kernels' tests.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    take_scalars_as_loop_bounds()
 
 # Before pytest visits the checkout's own __init__.py: in a checkout that is named imagedream_rt it would
 # otherwise be imported under that name, in place of the installed package.
