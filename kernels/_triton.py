@@ -19,6 +19,16 @@ except ImportError:  # a speed-up, not a need: every kernel has a plain PyTorch 
     triton = None
     tl: Any = None  # type: ignore[no-redef]
 
+try:  # Triton's lower level, for instructions that only Hopper has; its interface settled with version 3.6
+    if triton is None or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        raise ImportError
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:
+    gluon = gl = hopper = TensorDescriptor = None  # type: ignore[assignment,misc]
+
 KernelBackend = Literal["auto", "triton", "torch"]
 """``auto``: Triton on CUDA devices that can run it, else plain PyTorch; the others force one of the two."""
 
@@ -31,6 +41,11 @@ HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 def jit(function: Any) -> Any:
     """``triton.jit``; without Triton the function as it is, which is then never launched."""
     return function if triton is None else triton.jit(function)
+
+
+def gluon_jit(function: Any) -> Any:
+    """``gluon.jit``; without Gluon the function as it is, which is then never launched."""
+    return function if gluon is None else gluon.jit(function)
 
 
 def constant(value: Any) -> Any:

@@ -4,19 +4,34 @@ For each group b and head h, with L = F * T tokens (frame-major, then row-major 
 
     out = softmax(Q K^T / sqrt(D)) V,        Q, K, V in R^{L x D}.
 
-Source: the inflated "3D" self-attention of MVDream (arXiv 2308.16512, section 3.1), which ImageDream keeps.
+Source: the inflated "3D" self-attention of MVDream (arXiv 2308.16512, section 3.1), which ImageDream keeps; the
+kernel is FlashAttention-2 (arXiv 2307.08691), and on Hopper FlashAttention-3 for long sequences
+(``_attention_hopper``); the gradient is in ``_attention_backward``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-AttentionBackend = Literal["torch", "xformers"]
+from . import _attention_hopper
+from ._attention_backward import attention_gradient
+from ._triton import jit, tl, triton, use_triton
+from ._tuning import Launch, Tuned
+
+AttentionBackend = Literal["auto", "triton", "torch", "xformers"]
+"""``auto``: ``triton`` where it can be used, else ``torch``, which is PyTorch's scaled_dot_product_attention."""
+
+HEAD_DIMS = (32, 64, 128)
+"""Head sizes of the Triton kernels."""
+
+DTYPES = (torch.float16, torch.bfloat16)
+"""What the Triton kernels compute in, with sums in float32. In float32 SDPA is as fast as anything."""
 
 
 def multi_view_attention_reference(qkv: Tensor) -> Tensor:
@@ -31,30 +46,190 @@ def multi_view_attention_reference(qkv: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2).reshape(b, f, t, h * d).to(qkv.dtype)
 
 
+@jit
+def attention_kernel(
+    tokens,
+    out,
+    log_sums,
+    stride_group,
+    stride_token,
+    stride_part,
+    stride_head,
+    heads,
+    length,
+    scale,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    EVEN_QUERIES: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+):
+    """One program for each tile of queries of each group and head; ``scale`` is log2(e) / sqrt(D)."""
+    tiles = tl.cdiv(length, QUERIES)
+    row = tl.program_id(0) // tiles
+    group, head = (row // heads).to(tl.int64), row % heads
+    step = tl.cast(stride_token, tl.int64)
+    queries = tl.program_id(0) % tiles * QUERIES + tl.arange(0, QUERIES)
+    columns = tl.arange(0, KEYS)
+    d = tl.arange(0, D)
+    start = tokens + group * stride_group + head * stride_head
+    q_places = start + (queries * step)[:, None] + d[None, :]
+    k_places = start + stride_part + columns[None, :] * stride_token + d[:, None]
+    v_places = start + 2 * stride_part + columns[:, None] * stride_token + d[None, :]
+    q = tl.load(q_places) if EVEN_QUERIES else tl.load(q_places, mask=(queries < length)[:, None], other=0.0)
+    peak = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, D], tl.float32)
+    whole = length // KEYS * KEYS
+    for first in tl.range(0, whole, KEYS):
+        k = tl.load(k_places + step * first)
+        scores = tl.dot(q, k)
+        v = tl.load(v_places + step * first)
+        peak, total, acc = _add_block(scores, v, scale, peak, total, acc)
+    if not EVEN_KEYS:
+        inside = whole + columns < length
+        k = tl.load(k_places + step * whole, mask=inside[None, :], other=0.0)
+        v = tl.load(v_places + step * whole, mask=inside[:, None], other=0.0)
+        scores = tl.where(inside[None, :], tl.dot(q, k), float("-inf"))
+        peak, total, acc = _add_block(scores, v, scale, peak, total, acc)
+    values = (acc / total[:, None]).to(out.dtype.element_ty)
+    log_sum = peak + tl.log2(total)
+    out_places = out + (((group * length + queries) * heads + head) * D)[:, None] + d[None, :]
+    sum_places = log_sums + row.to(tl.int64) * length + queries
+    if EVEN_QUERIES:
+        tl.store(out_places, values)
+        tl.store(sum_places, log_sum)
+    else:
+        tl.store(out_places, values, mask=(queries < length)[:, None])
+        tl.store(sum_places, log_sum, mask=queries < length)
+
+
+@jit
+def _add_block(scores, v, scale, peak, total, acc):
+    """The online softmax: weighted sum and its weights' total, both relative to the largest score so far."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
+    return new_peak, total * shrink + tl.sum(weights, 1), acc
+
+
+def _candidates(b: int, length: int, heads: int, dim: int, hopper: bool) -> list[Launch]:
+    if length <= 128:  # all keys at once
+        sizes = [(32, 128, 4, 1), (64, 128, 4, 1), (16, 128, 4, 1), (64, 64, 4, 2), (16, 16, 1, 5)]
+    elif dim == 128:
+        sizes = [
+            (64, 64, 4, 2),
+            (128, 64, 8, 2),
+            (128, 64, 8, 3),
+            (64, 64, 4, 3),
+            (128, 128, 8, 2),
+            (64, 32, 4, 3),
+        ]
+    else:
+        sizes = [
+            (64, 64, 4, 3),
+            (128, 64, 4, 3),
+            (128, 64, 8, 3),
+            (64, 64, 4, 2),
+            (64, 128, 4, 2),
+            (64, 32, 4, 4),
+        ]
+    tiles = [Launch.of(QUERIES=m, KEYS=n, warps=warps, stages=stages) for m, n, warps, stages in sizes]
+    return [*_attention_hopper.launches(dim), *tiles] if hopper else tiles
+
+
+_tuned = Tuned("attention", attention_kernel, _candidates)
+
+
+@torch.library.custom_op(
+    "imagedream_rt::multi_view_attention", mutates_args=(), schema="(Tensor tokens) -> (Tensor, Tensor)"
+)
+def _attention(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, L, 3, H, D] -> [B, L, H*D] and the base-2 logarithms of the softmax's sums [B, H, L]."""
+    b, length, _, h, d = tokens.shape
+    out, log_sums = _empty(tokens)
+    if out.numel() == 0:
+        return out, log_sums
+
+    def run(launch: Launch) -> None:
+        if launch in _attention_hopper.launches(d):
+            _attention_hopper.attend(tokens, out, log_sums, launch)
+            return
+        grid = (b * h * triton.cdiv(length, launch["QUERIES"]),)
+        even = {f"EVEN_{name}": length % launch[name] == 0 for name in ("QUERIES", "KEYS")}
+        scale = math.log2(math.e) / math.sqrt(d)
+        attention_kernel[grid](
+            tokens, out, log_sums, *tokens.stride()[:4], h, length, scale, D=d, **even, **launch.options
+        )
+
+    run(_tuned.choose(tokens.device, (b, length, h, d, _attention_hopper.fits(tokens)), run))
+    return out, log_sums
+
+
+@_attention.register_fake
+def _empty(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    b, length, _, h, d = tokens.shape
+    return tokens.new_empty(b, length, h * d), tokens.new_empty(b, h, length, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "imagedream_rt::multi_view_attention_gradient",
+    mutates_args=(),
+    schema="(Tensor tokens, Tensor out, Tensor log_sums, Tensor grad) -> Tensor",
+)
+def _attention_gradient(tokens: Tensor, out: Tensor, log_sums: Tensor, grad: Tensor) -> Tensor:
+    if out.numel() == 0:
+        return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    return attention_gradient(tokens, out, log_sums, grad.contiguous())
+
+
+@_attention_gradient.register_fake
+def _empty_gradient(tokens: Tensor, out: Tensor, log_sums: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Tensor:
+    return _attention_gradient(*ctx.saved_tensors, grad)
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+
+
 def check_attention_backend(backend: str) -> None:
     """Raise ValueError for an unknown backend and ImportError for one that is not installed."""
     if backend not in get_args(AttentionBackend):
         raise ValueError(
             f"unknown attention backend {backend!r}; there are {', '.join(get_args(AttentionBackend))}"
         )
+    if backend == "triton" and triton is None:
+        raise ImportError("attention backend 'triton' needs the package triton: pip install triton")
     if backend == "xformers":
         _xformers_attention()
 
 
-def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "torch") -> Tensor:
-    """Self-attention over all F*T tokens of each group; softmax scale 1/sqrt(D); differentiable.
+def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "auto") -> Tensor:
+    """Self-attention over all F*T tokens of each group; softmax scale 1/sqrt(D); differentiable once.
 
     Args:
         qkv: [B, F, T, 3, H, D], floating point; queries, keys and values packed on axis 3, so that one
-            projection with stacked weights can write it.
-        backend: ``"torch"`` (scaled_dot_product_attention) or ``"xformers"`` (its memory-efficient attention;
-            needs the ``xformers`` extra and a device that it supports).
+            projection with stacked weights can write it. The Triton kernels read it in place with any
+            strides if D is contiguous and F and T can be merged to one axis; otherwise it is copied first.
+        backend: ``"triton"``: this package's kernels, for float16 and bfloat16 on CUDA devices from Ampere on
+            and D of 32, 64 or 128. ``"torch"``: scaled_dot_product_attention. ``"xformers"``: its
+            memory-efficient attention; needs the ``xformers`` extra and a device that it supports.
+            ``"auto"``: ``"triton"`` for what it takes, else ``"torch"``.
 
     Returns:
         [B, F, T, H*D] in the dtype of ``qkv``, contiguous.
 
     Raises:
-        ValueError: ``qkv`` has another shape, or the backend is unknown.
+        ValueError: ``qkv`` has another shape, the backend is unknown, or ``"triton"`` does not take ``qkv``.
         ImportError: the backend is not installed.
 
     Example:
@@ -65,15 +240,26 @@ def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "torch") -> Te
     """
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, F, T, 3, H, D], got {list(qkv.shape)}")
+    check_attention_backend(backend)
     b, f, t, _, h, d = qkv.shape
-    q, k, v = qkv.reshape(b, f * t, 3, h, d).unbind(2)
-    if backend == "torch":
-        out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out = out.transpose(1, 2)
+    tokens = qkv.flatten(1, 2)
+    if backend == "xformers":
+        out = _xformers_attention()(*tokens.unbind(2))
+    elif _takes(backend, qkv):
+        out = _attention(tokens if tokens.stride(-1) == 1 else tokens.contiguous())[0]
     else:
-        check_attention_backend(backend)
-        out = _xformers_attention()(q, k, v)
+        q, k, v = tokens.permute(2, 0, 3, 1, 4)
+        out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return out.reshape(b, f, t, h * d)
+
+
+def _takes(backend: AttentionBackend, qkv: Tensor) -> bool:
+    """Whether the Triton kernels are to compute it; ValueError if they cannot, but must."""
+    if backend == "torch" or (backend == "auto" and qkv.shape[-1] not in HEAD_DIMS):
+        return False
+    if qkv.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"backend 'triton' takes head sizes {HEAD_DIMS}, got {qkv.shape[-1]}")
+    return use_triton(backend, qkv, dtypes=DTYPES)
 
 
 def _xformers_attention() -> Callable[..., Tensor]:

@@ -20,11 +20,13 @@ from importlib import import_module
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 answers = []
 for job in json.loads(sys.stdin.read()):
     kernel = getattr(import_module(job["module"]), job["kernel"])
-    source = ASTSource(kernel, job["signature"], job["constants"])
+    make = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = make(kernel, job["signature"], job["constants"])
     target = GPUTarget("cuda", job["arch"], 32)
     built = triton.compile(source, target=target, options={"num_warps": job["warps"], "num_stages": job["stages"]})
     answers.append({"shared": built.metadata.shared, "cubin": len(built.asm["cubin"]), "ptx": built.asm["ptx"]})

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import doctest
+import math
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from ahead import compile_ahead
 from rounding import DTYPES, ROUNDING_STEPS, assert_close, leaf, randn
 from torch import Tensor
 
-from imagedream_rt.kernels import attention
+from imagedream_rt.kernels import _attention_backward, _attention_hopper, attention
+from imagedream_rt.kernels._triton import interpreted
+from imagedream_rt.kernels._tuning import Launch, Tuned
 from imagedream_rt.kernels.attention import (
     check_attention_backend,
     multi_view_attention,
@@ -137,6 +141,319 @@ def test_xformers_itself_equals_reference() -> None:
 def test_attention_on_the_gpu_equals_reference(dtype: torch.dtype) -> None:
     qkv = randn(2, 5, 64, 3, 5, 64, seed=6, dtype=dtype).cuda()
     assert_close(multi_view_attention(qkv), multi_view_attention_reference(qkv.double()))
+
+
+KERNEL_SHAPES = [
+    (1, 1, 1, 1, 32),  # one token
+    (1, 5, 16, 2, 64),  # the smallest level of a real model: 80 tokens
+    (2, 3, 11, 3, 32),  # odd token count, two groups
+    (1, 4, 40, 1, 64),  # more keys than one block, and a ragged rest
+    (1, 2, 64, 1, 128),  # two whole blocks of keys
+]
+
+
+def assert_kernel_equals_reference(qkv: Tensor, *, parts: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Values and gradients dQ, dK, dV of the kernels for ``qkv`` of any strides, against float64."""
+    given, exact = qkv.detach().requires_grad_(), qkv.detach().double().requires_grad_()
+    out, truth = multi_view_attention(given, "triton"), multi_view_attention_reference(exact)
+    cotangent = randn(*out.shape, seed=2).to(qkv)
+    assert out.dtype == qkv.dtype
+    assert out.is_contiguous()
+    assert_close(out, truth)
+    out.backward(cotangent)
+    truth.backward(cotangent.double())
+    assert given.grad is not None
+    assert exact.grad is not None
+    assert given.grad.isfinite().all()
+    for part in parts:  # each by its own size; one token has no dQ and dK
+        if exact.grad[:, :, :, part].norm() > 0:
+            assert_close(given.grad[:, :, :, part], exact.grad[:, :, :, part])
+
+
+def packed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, seed: int = 1) -> Tensor:
+    if dtype == torch.bfloat16 and interpreted():
+        pytest.skip("Triton's interpreter has no bfloat16 products")
+    b, f, t, h, d = shape
+    return randn(b, f, t, 3, h, d, seed=seed).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", attention.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+def test_kernel_equals_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    assert_kernel_equals_reference(packed(shape, dtype, kernel_device))
+
+
+def test_kernel_of_large_scores(kernel_device: torch.device) -> None:
+    # Scores about -240: weights that are not relative to their row's largest would all vanish, and those of
+    # keys past the end, whose score is 0, would be infinite.
+    qkv = 0.1 * packed((1, 3, 11, 1, 32), torch.float16, kernel_device)
+    qkv[:, :, :, 0] -= 7
+    qkv[:, :, :, 1] += 6
+    assert_kernel_equals_reference(qkv, parts=(2,))  # rounding is all that is left of dQ and dK
+
+
+def test_kernel_takes_strided_input(kernel_device: torch.device) -> None:
+    heads_first = randn(1, 2, 9, 2, 3, 32, seed=4).to(kernel_device, torch.float16).transpose(3, 4)
+    frames_inside = randn(1, 9, 2, 3, 2, 32, seed=5).to(kernel_device, torch.float16).transpose(1, 2)
+    features_first = randn(1, 2, 9, 3, 32, 2, seed=6).to(kernel_device, torch.float16).transpose(4, 5)
+    same_for_all_groups = packed((1, 2, 9, 2, 32), torch.float16, kernel_device).expand(2, -1, -1, -1, -1, -1)
+    for qkv in (heads_first, frames_inside, features_first, same_for_all_groups):
+        assert not qkv.is_contiguous()
+        assert_kernel_equals_reference(qkv)
+
+
+def test_kernel_reads_no_tokens_past_the_end(kernel_device: torch.device) -> None:
+    qkv = packed((3, 1, 21, 1, 32), torch.float16, kernel_device)
+    qkv[1] = float("nan")
+    assert_kernel_equals_reference(qkv[::2])
+
+
+def test_kernel_of_a_gradient_that_is_not_contiguous(kernel_device: torch.device) -> None:
+    qkv = packed((1, 2, 9, 2, 32), torch.float16, kernel_device).requires_grad_()
+    multi_view_attention(qkv, "triton").sum().backward()  # an expanded one
+    assert qkv.grad is not None
+    exact = qkv.detach().double().requires_grad_()
+    multi_view_attention_reference(exact).sum().backward()
+    assert exact.grad is not None
+    assert_close(qkv.grad[:, :, :, 2], exact.grad[:, :, :, 2])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 32), (1, 4, 0, 2, 32), (1, 4, 4, 0, 32)], ids=str)
+def test_kernel_of_nothing(shape: tuple[int, ...], kernel_device: torch.device) -> None:
+    qkv = packed(shape, torch.float16, kernel_device).requires_grad_()
+    out = multi_view_attention(qkv, "triton")
+    out.sum().backward()
+    assert out.shape == (*shape[:3], shape[3] * shape[4])
+    assert qkv.grad is not None
+    assert qkv.grad.shape == qkv.shape
+
+
+def test_kernel_is_an_operator_for_the_compiler(kernel_device: torch.device) -> None:
+    tokens = packed((1, 1, 5, 2, 32), torch.float16, kernel_device).flatten(1, 2).requires_grad_()
+    torch.library.opcheck(attention._attention, (tokens,))
+
+
+def test_gradcheck_of_the_reference() -> None:
+    qkv = randn(1, 2, 2, 3, 2, 3, seed=7).requires_grad_()
+    assert torch.autograd.gradcheck(multi_view_attention_reference, (qkv,))
+
+
+def test_automatic_backend_leaves_to_sdpa_what_the_kernels_do_not_take(
+    monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    monkeypatch.setattr(attention, "_attention", None)  # a call of the kernels would fail
+    for dtype, d in ((torch.float32, 64), (torch.float16, 80), (torch.float64, 32)):
+        qkv = packed((1, 2, 3, 1, d), dtype, kernel_device)
+        assert_close(multi_view_attention(qkv), multi_view_attention_reference(qkv.double()))
+
+
+def test_kernel_refuses_other_dtypes_and_heads(kernel_device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"takes torch\.float16, torch\.bfloat16, got torch\.float32"):
+        multi_view_attention(packed((1, 1, 2, 1, 32), torch.float32, kernel_device), "triton")
+    with pytest.raises(ValueError, match=r"head sizes \(32, 64, 128\), got 48"):
+        multi_view_attention(packed((1, 1, 2, 1, 48), torch.float16, kernel_device), "triton")
+
+
+def test_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "triton", None)
+    with pytest.raises(ImportError, match="pip install triton"):
+        check_attention_backend("triton")
+
+
+@pytest.mark.parametrize(("shared_tiles", "sharers", "parts"), [(2, 1, 2), (2, 3, 4), (3, 4, 2)])
+def test_parts_of_shared_tiles_are_added_up(
+    shared_tiles: int, sharers: int, parts: int, kernel_device: torch.device
+) -> None:
+    """Parts that are written one unit (a tile and a block of keys) after another, as the shares say."""
+    heads, length, dim, rows, keys = shared_tiles, 40, 32, 64, 16
+    blocks = length // keys  # the last tokens are no keys, but have queries
+    q, k, v = randn(3, heads, length, dim, seed=8).to(kernel_device)
+    scores = q @ k[:, : blocks * keys].mT
+    places = torch.zeros(sharers, 2, rows, dim), torch.zeros(sharers, 2, 2, rows)
+    written, statistics = (place.fill_(float("nan")).to(kernel_device) for place in places)
+    units = [(tile, block) for tile in range(shared_tiles) for block in range(blocks)]
+    for sharer in range(sharers):
+        share = units[sharer * len(units) // sharers : (sharer + 1) * len(units) // sharers]
+        tiles = sorted({tile for tile, _ in share})
+        # A share of more than two tiles does not occur: whole tiles are not shared.
+        assert len(tiles) <= 2 or sharers == 1
+        for step, tile in enumerate(tiles[:2]):
+            mine = [block for other, block in share if other == tile]
+            part = slice(mine[0] * keys, (mine[-1] + 1) * keys)
+            peak = scores[tile, :, part].amax(1)
+            weights = torch.exp2(scores[tile, :, part] - peak[:, None])
+            written[sharer, step, :length] = (weights @ v[tile, part]).float()
+            statistics[sharer, step, :, :length] = torch.stack((peak, weights.sum(1))).float()
+    out = torch.empty(1, length, heads * dim, device=kernel_device)
+    log_sums = torch.empty(1, heads, length, device=kernel_device)
+    _attention_hopper.add_parts_kernel[(shared_tiles * rows // 16,)](
+        written,
+        statistics,
+        out,
+        log_sums,
+        heads,
+        length,
+        shared_tiles,
+        sharers,
+        D=dim,
+        KEYS=keys,
+        QUERIES=rows,
+        PARTS=parts,
+        ROWS=16,
+    )
+    weights = torch.softmax(scores * math.log(2), -1)
+    truth = (weights @ v[:, : blocks * keys]).transpose(0, 1).reshape(1, length, heads * dim)
+    assert_close(out, truth)
+    assert_close(log_sums, (scores * math.log(2)).logsumexp(-1)[None] / math.log(2))
+
+
+def build(
+    module: str, kernel: str, tensors: dict[str, str], launches: list[Launch], dim: int, arch: int
+) -> None:
+    sizes = ("stride_group", "stride_token", "stride_part", "stride_head", "heads", "length")
+    even = {"D": dim, "EVEN_QUERIES": False, "EVEN_KEYS": False}
+    compile_ahead(
+        module,
+        kernel,
+        {**tensors, **dict.fromkeys(sizes, "i32"), "scale": "fp32"},
+        [{**dict(launch.constants), **even} for launch in launches],
+        arch,
+        warps=[launch.warps for launch in launches],
+        stages=[launch.stages for launch in launches],
+    )
+
+
+FORWARD = ("attention", "attention_kernel", {"tokens": "*fp16", "out": "*fp16", "log_sums": "*fp32"})
+_HALVES, _SUMS = (
+    dict.fromkeys(("tokens", "grad", "grad_tokens"), "*bf16"),
+    {"log_sums": "*fp32", "delta": "*fp32"},
+)
+QUERY_GRADIENT = ("_attention_backward", "query_gradient_kernel", {**_HALVES, "out": "*bf16", **_SUMS})
+KEY_VALUE_GRADIENT = ("_attention_backward", "key_value_gradient_kernel", {**_HALVES, **_SUMS})
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compile_without_a_gpu(arch: int) -> None:
+    build(*FORWARD, [attention._candidates(1, length, 1, 64, False)[0] for length in (80, 320)], 64, arch)
+    for kernel in (QUERY_GRADIENT, KEY_VALUE_GRADIENT):
+        build(*kernel, _attention_backward._candidates(1, 320, 1, 64)[:1], 64, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_launch_compiles_without_a_gpu(arch: int, dim: int) -> None:
+    for length in (80, 320):
+        build(*FORWARD, attention._candidates(1, length, 1, dim, False), dim, arch)
+    for kernel in (QUERY_GRADIENT, KEY_VALUE_GRADIENT):
+        build(*kernel, _attention_backward._candidates(1, 320, 1, dim), dim, arch)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_kernel_compiles_without_a_gpu(dim: int) -> None:
+    layouts = pytest.importorskip("triton.experimental.gluon.language")
+    numbers = ("heads", "length", "shared_tiles", "sharers", "whole_tiles")
+    for launch in _attention_hopper.launches(dim)[:1]:
+        boxes = {
+            name: f"tensordesc<bf16[{rows},{dim}],"
+            f"{layouts.NVMMASharedLayout.get_default_for([rows, dim], layouts.bfloat16)!r}>"
+            for name, rows in (("query_box", 64), ("key_box", launch["KEYS"]))
+        }
+        results = {"out": "*bf16", "log_sums": "*fp32", "parts": "*fp32", "statistics": "*fp32"}
+        (ptx,) = compile_ahead(
+            "_attention_hopper",
+            "hopper_kernel",
+            {**boxes, **results, **dict.fromkeys(numbers, "i32"), "scale": "fp32"},
+            [{**dict(launch.constants), "D": dim}],
+            90,
+            warps=launch.warps,
+        )
+        assert "wgmma.mma_async" in ptx
+        assert "cp.async.bulk.tensor" in ptx
+
+
+REAL_SHAPES = [
+    (2, 5, 1024, 5, 64),
+    (4, 5, 256, 10, 64),
+    (2, 5, 64, 20, 64),
+    (4, 5, 16, 20, 64),
+    (1, 4, 1024, 5, 64),  # without a picture's frame
+    (1, 4, 256, 2, 64),  # fewer tiles than multiprocessors
+    (3, 4, 512, 11, 64),  # whole tiles only, for 132 multiprocessors
+    (1, 4, 256, 3, 32),
+    (1, 5, 256, 3, 128),
+    (1, 3, 347, 2, 64),  # 1041 tokens
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", attention.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
+def test_first_launch_equals_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_launches_equal_reference(shape, dtype, slice(1), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [REAL_SHAPES[1], REAL_SHAPES[3], *REAL_SHAPES[-2:]], ids=str)
+def test_every_launch_equals_reference(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_launches_equal_reference(shape, torch.float16, slice(1, None), monkeypatch)
+
+
+def assert_launches_equal_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, which: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv = packed(shape, dtype, torch.device("cuda"))
+    exact = qkv.double().requires_grad_()
+    truth = multi_view_attention_reference(exact)
+    cotangent = torch.randn_like(truth).to(dtype)
+    truth.backward(cotangent.double())
+    assert exact.grad is not None
+    b, f, t, h, d = shape
+    tokens = qkv.flatten(1, 2)
+    q, k, _ = tokens.double().permute(2, 0, 3, 1, 4)
+    sums = (q @ k.mT * d**-0.5).logsumexp(-1) / math.log(2)
+    key = (b, f * t, h, d, _attention_hopper.fits(tokens))
+    for launch in attention._candidates(*key)[which]:
+        force(monkeypatch, attention._tuned, launch)
+        out, log_sums = attention._attention(tokens)
+        assert_close(out.view(truth.shape), truth.detach())
+        assert_close(log_sums, sums)
+    for launch in _attention_backward._candidates(*key[:4])[which]:
+        force(monkeypatch, _attention_backward._query_tuned, launch)
+        force(monkeypatch, _attention_backward._key_value_tuned, launch)
+        grad = attention._attention_gradient(tokens, out, log_sums, cotangent.flatten(1, 2)).view(qkv.shape)
+        for part in range(3):
+            assert_close(grad[:, :, :, part], exact.grad[:, :, :, part])
+
+
+def force(monkeypatch: pytest.MonkeyPatch, tuned: Tuned, launch: Launch) -> None:
+    monkeypatch.setattr(tuned, "choose", lambda *_: launch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL_SHAPES[:4], ids=str)
+def test_kernel_in_a_graph(shape: tuple[int, ...]) -> None:
+    device = torch.device("cuda")
+    qkv = packed(shape, torch.float16, device)
+    multi_view_attention(qkv)  # compiled and tuned before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = multi_view_attention(qkv)
+    for seed in (2, 3):
+        qkv.copy_(packed(shape, torch.float16, device, seed=seed))
+        graph.replay()
+        assert_close(out, multi_view_attention(qkv.double(), "torch"))
+
+
+@pytest.mark.gpu
+def test_kernel_under_the_compiler() -> None:
+    qkv = packed((1, 5, 64, 2, 64), torch.float16, torch.device("cuda"))
+    compiled = torch.compile(lambda x: multi_view_attention(x * 2).sin(), fullgraph=True)
+    assert_close(compiled(qkv), multi_view_attention_reference(qkv.double() * 2).sin())
 
 
 def test_docstring_examples() -> None:
