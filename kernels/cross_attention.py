@@ -24,6 +24,9 @@ from ._tuning import Launch, Tuned
 HEAD_SIZES = (32, 64, 128)
 """Those that the kernel takes."""
 
+FEW_KEYS = constant(160)
+"""So many, text and image together, have all their scores in registers at once."""
+
 LOG2_E = constant(1.4426950408889634)
 
 
@@ -53,48 +56,85 @@ def decoupled_cross_attention_reference(
 
 
 @jit
-def _block(
-    q, k, v, stride, first, top, total, mix, scale, KEYS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr
-):
-    """One block of keys more in the running softmax of q's rows: its maximum, its sum and the mixed values."""
-    key = first + tl.arange(0, BLOCK)
-    column = tl.arange(0, D)
-    there = key < KEYS
-    b_k = tl.load(k + column[:, None] + key[None, :] * stride, there[None, :], other=0.0)
-    b_v = tl.load(v + key[:, None] * stride + column[None, :], there[:, None], other=0.0)
-    scores = tl.dot(q, b_k, input_precision="tf32x3")
-    scores = tl.where(there[None, :], scores, float("-inf"))
-    raised = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores * scale - (raised * scale)[:, None])
-    fade = tl.exp2((top - raised) * scale)
-    total = total * fade + tl.sum(weights, axis=1)
-    mix = tl.dot(weights.to(b_v.dtype), b_v, mix * fade[:, None], input_precision="tf32x3")
-    return raised, total, mix
+def _blocks(p, stride, COUNT: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, D: tl.constexpr):
+    """Keys or values [COUNT, D] as whole blocks of BLOCK rows and a last one of REST, zero where nothing is."""
+    column = tl.arange(0, D)[None, :]
+    blocks = ()
+    for first in tl.static_range(0, COUNT // BLOCK * BLOCK, BLOCK):
+        row = first + tl.arange(0, BLOCK)[:, None]
+        blocks = blocks + (tl.load(p + row * stride + column),)  # noqa: RUF005
+    if REST > 0:
+        row = COUNT // BLOCK * BLOCK + tl.arange(0, REST)[:, None]
+        blocks = blocks + (tl.load(p + row * stride + column, row < COUNT, other=0.0),)  # noqa: RUF005
+    return blocks
 
 
 @jit
-def _attend(
+def _scores(q, keys, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Products of the queries and each block of keys, minus infinity where there is no key."""
+    scores = ()
+    for number in tl.static_range(len(keys)):
+        score = tl.dot(q, keys[number].T, input_precision="tf32x3")
+        if number * BLOCK + score.shape[1] > COUNT:
+            key = number * BLOCK + tl.arange(0, score.shape[1])[None, :]
+            score = tl.where(key < COUNT, score, float("-inf"))
+        scores = scores + (score,)  # noqa: RUF005
+    return scores
+
+
+@jit
+def _mean(scores, values, scale, factor):
+    """``factor`` times the values' mean under weights 2 ** (scale * scores): all keys at once."""
+    top = tl.max(scores[0], axis=1)
+    for number in tl.static_range(1, len(scores)):
+        top = tl.maximum(top, tl.max(scores[number], axis=1))
+    mix = tl.zeros((scores[0].shape[0], values[0].shape[1]), tl.float32)
+    total = tl.zeros((scores[0].shape[0],), tl.float32)
+    for number in tl.static_range(len(scores)):
+        weights = tl.exp2(scores[number] * scale - (top * scale)[:, None])
+        total += tl.sum(weights, axis=1)
+        mix = tl.dot(weights.to(values[number].dtype), values[number], mix, input_precision="tf32x3")
+    return mix * (factor / total)[:, None]
+
+
+@jit
+def _running_mean(
     q,
     k,
     v,
     stride,
     scale,
-    KEYS: tl.constexpr,
+    factor,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
-    ROWS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """softmax(scale / log2(e) * q k^T) v over all keys: whole blocks, then a smaller one for the rest."""
+    """The same for any number of keys, block after block: a greater maximum scales down what was summed before."""
+    ROWS: tl.constexpr = q.shape[0]
+    LEFT: tl.constexpr = COUNT % BLOCK
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mix = tl.zeros((ROWS, D), tl.float32)
-    for number in range(KEYS // BLOCK):
-        top, total, mix = _block(q, k, v, stride, number * BLOCK, top, total, mix, scale, KEYS, BLOCK, D)
+    for _ in range(COUNT // BLOCK):
+        keys, values = _blocks(k, stride, BLOCK, BLOCK, 0, D), _blocks(v, stride, BLOCK, BLOCK, 0, D)
+        top, total, mix = _add_block(top, total, mix, _scores(q, keys, BLOCK, BLOCK)[0], values[0], scale)
+        k += BLOCK * stride
+        v += BLOCK * stride
     if REST > 0:
-        whole: tl.constexpr = KEYS // BLOCK * BLOCK
-        top, total, mix = _block(q, k, v, stride, whole, top, total, mix, scale, KEYS, REST, D)
-    return mix / total[:, None]
+        keys, values = _blocks(k, stride, LEFT, BLOCK, REST, D), _blocks(v, stride, LEFT, BLOCK, REST, D)
+        top, total, mix = _add_block(top, total, mix, _scores(q, keys, LEFT, BLOCK)[0], values[0], scale)
+    return mix * (factor / total)[:, None]
+
+
+@jit
+def _add_block(top, total, mix, scores, values, scale):
+    raised = tl.maximum(top, tl.max(scores, axis=1))
+    fade = tl.exp2((top - raised) * scale)
+    weights = tl.exp2(scores * scale - (raised * scale)[:, None])
+    total = total * fade + tl.sum(weights, axis=1)
+    mix = tl.dot(weights.to(values.dtype), values, mix * fade[:, None], input_precision="tf32x3")
+    return raised, total, mix
 
 
 @jit
@@ -109,13 +149,13 @@ def _forward_kernel(
     rows,
     text_share,
     image_share,
-    q_stride_frame,
+    q_stride_group,
     q_stride_row,
     q_stride_head,
-    text_stride_frame,
+    text_stride_row,
     text_stride_key,
     text_stride_head,
-    image_stride_frame,
+    image_stride_row,
     image_stride_key,
     image_stride_head,
     TEXT: tl.constexpr,
@@ -126,48 +166,49 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One head of ROWS queries of one group of frames; heads vary fastest, since they lie side by side."""
-    head, group = tl.program_id(0), tl.program_id(2)
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, D)[None, :]
-    there = row < rows
-    q += group.to(tl.int64) * q_stride_frame + head * q_stride_head
-    b_q = tl.load(q + row * q_stride_row + column, there, other=0.0)
-    scale = LOG2_E / tl.sqrt(float(D))
-    o_text = (group // text_share).to(tl.int64) * text_stride_frame + head * text_stride_head
-    result = _attend(
-        b_q, k_text + o_text, v_text + o_text, text_stride_key, scale, TEXT, KEYS, TEXT_REST, ROWS, D
-    )
-    if IMAGE > 0:
-        o_image = (group // image_share).to(tl.int64) * image_stride_frame + head * image_stride_head
-        result += image_scale * _attend(
-            b_q,
-            k_image + o_image,
-            v_image + o_image,
-            image_stride_key,
-            scale,
-            IMAGE,
-            KEYS,
-            IMAGE_REST,
-            ROWS,
-            D,
-        )
+    """One head of ROWS queries of one group of frames. Heads vary fastest, since they lie side by side."""
+    head, first, group = tl.program_id(0), tl.program_id(1) * ROWS, tl.program_id(2)
     heads = tl.num_programs(0)
-    out += group.to(tl.int64) * rows * heads * D + head * D
-    tl.store(out + row * (heads * D) + column, result.to(out.dtype.element_ty), there)
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+    there = row < rows - first
+    scale = LOG2_E * D**-0.5
+    q += group.to(tl.int64) * q_stride_group + first.to(tl.int64) * q_stride_row + head * q_stride_head
+    o_text = (group // text_share).to(tl.int64) * text_stride_row + head * text_stride_head
+    o_image = (group // image_share).to(tl.int64) * image_stride_row + head * image_stride_head
+    k_text, v_text, k_image, v_image = k_text + o_text, v_text + o_text, k_image + o_image, v_image + o_image
+
+    b_q = tl.load(q + row * q_stride_row + column, there, other=0.0)
+    if TEXT + IMAGE <= FEW_KEYS:
+        # All loads of keys before the first product, then those of the values, so that they overlap.
+        keys_text = _blocks(k_text, text_stride_key, TEXT, KEYS, TEXT_REST, D)
+        keys_image = _blocks(k_image, image_stride_key, IMAGE, KEYS, IMAGE_REST, D)
+        scores_text = _scores(b_q, keys_text, TEXT, KEYS)
+        scores_image = _scores(b_q, keys_image, IMAGE, KEYS)
+        values_text = _blocks(v_text, text_stride_key, TEXT, KEYS, TEXT_REST, D)
+        values_image = _blocks(v_image, image_stride_key, IMAGE, KEYS, IMAGE_REST, D)
+        mean = _mean(scores_text, values_text, scale, 1.0)
+        if IMAGE > 0:
+            mean += _mean(scores_image, values_image, scale, image_scale)
+    else:
+        mean = _running_mean(b_q, k_text, v_text, text_stride_key, scale, 1.0, TEXT, KEYS, TEXT_REST, D)
+        if IMAGE > 0:
+            mean += _running_mean(
+                b_q, k_image, v_image, image_stride_key, scale, image_scale, IMAGE, KEYS, IMAGE_REST, D
+            )
+    out += (group.to(tl.int64) * rows + first) * (heads * D) + head * D
+    tl.store(out + row * (heads * D) + column, mean.to(out.dtype.element_ty), there)
 
 
-def _candidates(
-    rows: int, heads: int, groups: int, size: int, text: int, image: int, dtype: torch.dtype
-) -> Sequence[Launch]:
+def _candidates(size: int, text: int, image: int, dtype: torch.dtype, *grid: int) -> Sequence[Launch]:
     if dtype == torch.float32:
         return [Launch.of(ROWS=64, KEYS=32, warps=4), Launch.of(ROWS=32, KEYS=32, warps=4)]
+    if text + image <= FEW_KEYS:
+        return [Launch.of(ROWS=64, KEYS=64, warps=4), Launch.of(ROWS=128, KEYS=64, warps=8)]
     return [
+        Launch.of(ROWS=64, KEYS=64, warps=4, stages=3),
         Launch.of(ROWS=64, KEYS=64, warps=4),
-        Launch.of(ROWS=128, KEYS=64, warps=8),
+        Launch.of(ROWS=64, KEYS=32, warps=4),
         Launch.of(ROWS=128, KEYS=64, warps=4),
-        Launch.of(ROWS=32, KEYS=64, warps=2),
-        Launch.of(ROWS=16, KEYS=64, warps=1),
     ]
 
 
@@ -192,7 +233,7 @@ def _rest(keys: int, block: int) -> int:
 
 
 def _side_by_side(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with the same strides, channels contiguous: two views of a projection stay what they are."""
+    """Keys and values of the same strides, channels contiguous; what two projections give is taken as it is."""
     fits = k.stride() == v.stride() and k.stride(3) == 1
     return (k, v) if fits else (k.contiguous(), v.contiguous())
 
@@ -213,11 +254,12 @@ def _attention(
     groups, rows, heads, size = q.shape
     q = q if q.stride(3) == 1 else q.contiguous()
     k_text, v_text = _side_by_side(k_text, v_text)
-    image = 0 if k_image is None else k_image.shape[1]
-    k_image, v_image = (
-        (k_text, v_text) if k_image is None or v_image is None else _side_by_side(k_image, v_image)
-    )
-    text = k_text.shape[1]
+    text, image = k_text.shape[1], 0
+    if k_image is None or v_image is None:
+        k_image, v_image = k_text, v_text  # there to be passed, not read
+    else:
+        k_image, v_image = _side_by_side(k_image, v_image)
+        image = k_image.shape[1]
 
     def run(launch: Launch) -> None:
         _forward_kernel[(heads, triton.cdiv(rows, launch["ROWS"]), groups)](
@@ -229,19 +271,12 @@ def _attention(
             num_stages=launch.stages,
         )
 
-    run(_TUNED.choose(q.device, (rows, heads, groups, size, text, image, q.dtype), run))
+    run(_TUNED.choose(q.device, (size, text, image, q.dtype, rows, heads, groups), run))
     return out
 
 
 @_attention.register_fake
-def _(
-    q: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    k_image: Tensor | None,
-    v_image: Tensor | None,
-    image_scale: float,
-) -> Tensor:
+def _(q: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -262,11 +297,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _branch_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for one softmax, in float32.
-
-    In plain PyTorch: keys are few, so that the matrix of weights is smaller than the queries at two hundred
-    channels, and these are five large matrix products.
-    """
+    """Gradients of q, k and v for one softmax, in float32; in plain PyTorch, since the weights of few keys are small."""
     shape, scale = q.shape, q.shape[-1] ** -0.5
     grad, q = (x.float().reshape(k.shape[0], -1, *shape[2:]).transpose(1, 2) for x in (grad, q))
     k, v = (x.float().transpose(1, 2) for x in (k, v))

@@ -105,6 +105,7 @@ KERNEL_SHAPES = [
     (6, 5, 1, 64, 2, 5, 3, 17),  # text for three frames, pictures for two: only single frames share both
     (2, 33, 1, 128, 1, 64, 1, 0),  # text alone, whole blocks of keys
     (2, 3, 1, 32, 2, 16, 1, 257),  # an unresampled picture: several blocks and one key more
+    (2, 3, 1, 32, 1, 200, 1, 0),  # more text than is held at once, no image
 ]
 REAL_SHAPES = [
     (10, 1024, 5, 64, 2, 77, 2, 16),
@@ -162,12 +163,13 @@ def test_kernel_equals_reference_at_real_shapes(shape: tuple[int, ...], dtype: t
 def test_every_launch_computes_the_same(
     dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches = cross_attention._candidates(18, 2, 2, 32, 77, 16, dtype)
-    assert len(launches) > 1
-    for launch in launches:
-        only = Tuned("cross_attention", cross_attention._forward_kernel, lambda *key, launch=launch: [launch])
-        monkeypatch.setattr(cross_attention, "_TUNED", only)
-        assert_kernel_equals_reference((4, 9, 2, 32, 2, 77, 2, 16), dtype, kernel_device)
+    for image in (16, 257):
+        launches = cross_attention._candidates(32, 77, image, dtype)
+        assert len(launches) > 1
+        for launch in launches:
+            only = Tuned("cross_attention", cross_attention._forward_kernel, lambda *key, one=launch: [one])
+            monkeypatch.setattr(cross_attention, "_TUNED", only)
+            assert_kernel_equals_reference((4, 9, 2, 32, 2, 77, 2, image), dtype, kernel_device)
 
 
 def test_kernel_of_no_queries(kernel_device: torch.device) -> None:
@@ -197,25 +199,28 @@ def test_reference_gradcheck() -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernel_builds_ahead_of_time(arch: int) -> None:
-    kernel = cross_attention._forward_kernel
     tensors = ("q", "k_text", "v_text", "k_image", "v_image", "out")
-    numbers = [name for name in getattr(kernel, "arg_names", []) if name.islower() and name not in tensors]
-    for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32")):
-        pointers = {
-            **dict.fromkeys(tensors, f"*{name}"),
-            **dict.fromkeys(numbers, "i32"),
-            "image_scale": "fp32",
-        }
-        builds: list[tuple[int, Launch]] = [
-            (size, launch)
-            for size in ((64, 128) if dtype == torch.float16 else (64,))
-            for launch in cross_attention._candidates(5120, 5, 2, size, 77, 16, dtype)
+    numbers = (
+        "rows",
+        "text_share",
+        "image_share",
+        *(f"q_stride_{axis}" for axis in ("group", "row", "head")),
+    )
+    numbers += tuple(f"{keys}_stride_{axis}" for keys in ("text", "image") for axis in ("row", "key", "head"))
+    for dtype, name, problems in (
+        (torch.float16, "fp16", [(64, 77, 16), (128, 77, 257)]),
+        (torch.float32, "fp32", [(128, 77, 16)]),
+    ):
+        builds: list[tuple[dict[str, int], Launch]] = [
+            (cross_attention._constants(text, image, size, launch), launch)
+            for size, text, image in problems
+            for launch in cross_attention._candidates(size, text, image, dtype)[:2]
         ]
         compile_ahead(
             "cross_attention",
             "_forward_kernel",
-            pointers,
-            [cross_attention._constants(77, 16, size, launch) for size, launch in builds],
+            {**dict.fromkeys(tensors, f"*{name}"), **dict.fromkeys(numbers, "i32"), "image_scale": "fp32"},
+            [constants for constants, _ in builds],
             arch,
             warps=[launch.warps for _, launch in builds],
             stages=[launch.stages for _, launch in builds],
