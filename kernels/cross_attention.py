@@ -297,7 +297,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _branch_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for one softmax, in float32; in plain PyTorch, since the weights of few keys are small."""
+    """Gradients of q, k and v for one softmax, in float32. In plain PyTorch: few keys have small weights."""
     shape, scale = q.shape, q.shape[-1] ** -0.5
     grad, q = (x.float().reshape(k.shape[0], -1, *shape[2:]).transpose(1, 2) for x in (grad, q))
     k, v = (x.float().transpose(1, 2) for x in (k, v))
