@@ -95,8 +95,9 @@ def load_optimizer_state(
     for entry, tensor in tensors.items():
         name, key = entry.rsplit("/", 1)
         parameter = by_name[name]
-        # Only moments live with their parameter: the optimiser keeps its step count on the CPU.
-        moved = tensor.to(parameter.device) if tensor.shape == parameter.shape else tensor
+        # A step count lives with its parameter only where a CUDA graph has to count.
+        moments = tensor.shape == parameter.shape
+        moved = tensor.to(parameter.device) if moments or optimizer.defaults["capturable"] else tensor
         optimizer.state[parameter][key] = moved.clone()
 
 

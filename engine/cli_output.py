@@ -25,6 +25,7 @@ STAGES = {
     "prepare": "prepare the picture",
     "views": "diffuse four views",
     "warm-start": "fit the field to views",
+    "condition": "condition on every grey",
     "fuse": "fuse (MV-SDS)",
     "mesh": "extract the mesh",
     "files": "write the files",

@@ -7,12 +7,14 @@ the colour is matched, levels are too many: the host encodes what a step needs b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .conditioning import Conditioner, Conditioning
+from .distill import matched_colour
 from .model import Progress
 
 LEVELS = 256
@@ -21,6 +23,10 @@ BATCH = 16
 
 class Conditions(Protocol):
     """Where a step takes its conditions from."""
+
+    def prepare(self, background_rgb: Callable[[], Tensor]) -> None:
+        """Called by the host before the step, with what computes the step's background [..., 3]."""
+        ...
 
     def at(self, background_rgb: Tensor) -> Conditioning:
         """For the rendered background [..., 3]; tensors only, without waiting for the device."""
@@ -41,6 +47,9 @@ class GreyBank:
         self.image_mean = _stack([one.image_mean for one in found])
         self.image_std = _stack([one.image_std for one in found])
 
+    def prepare(self, background_rgb: Callable[[], Tensor]) -> None:
+        """Nothing: every level is there."""
+
     def at(self, background_rgb: Tensor) -> Conditioning:
         mean = background_rgb.detach().float().mean()
         return self.at_level((mean.clamp(0.0, 1.0) * 255.0).long().reshape(1))
@@ -53,6 +62,30 @@ class GreyBank:
             _row(self.image_mean, level),
             _row(self.image_std, level),
         )
+
+
+class MatchedColour:
+    """The conditions over the mean colour of each step's background; the host waits for the device for it."""
+
+    def __init__(self, conditioner: Conditioner) -> None:
+        self.conditioner = conditioner
+        first = conditioner.at_grey(0.5)
+        self._current = Conditioning(
+            first.context, _clone(first.image_tokens), _clone(first.image_mean), _clone(first.image_std)
+        )
+
+    def prepare(self, background_rgb: Callable[[], Tensor]) -> None:
+        found = self.conditioner.at(matched_colour(background_rgb(), "colour"))
+        for name in ("image_tokens", "image_mean", "image_std"):
+            if (held := getattr(self._current, name)) is not None:
+                held.copy_(getattr(found, name))
+
+    def at(self, background_rgb: Tensor) -> Conditioning:
+        return self._current
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _stack(tensors: list[Tensor | None]) -> Tensor | None:

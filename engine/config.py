@@ -139,6 +139,11 @@ class FusionConfig:
     def stage_at(self, step: int) -> Stage:
         return [stage for stage in self.stages if stage.start <= step][-1]
 
+    @property
+    def fitted_steps(self) -> int:
+        """Steps that the field has behind it when distillation begins."""
+        return 0 if self.warm_start is None else self.warm_start.fit_steps
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

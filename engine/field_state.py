@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,18 @@ from .random_streams import RandomStreams, stream_seed
 MODULES = ("field", "background", "occupancy")
 
 
+LoopName = Literal["auto", "eager", "graph"]
+
+
 @dataclass(frozen=True)
 class Backends:
-    """Who computes the field's encoding and who marches and composites; the results agree up to rounding."""
+    """Who computes what; the results agree up to rounding."""
 
     encoding: EncodingName = "torch"
     volume: VolumeName = "torch"
+    loop: LoopName = "auto"
+    """How a distillation step is run: ``graph`` replays a captured CUDA graph, ``eager`` calls one operation
+    after the other, ``auto`` captures wherever that can be done."""
 
 
 OWN = Backends()
@@ -61,8 +68,16 @@ class FieldState:
             {"params": list(self.field.feature_mlp.parameters()), "lr": config.lr_feature},
             {"params": list(self.background.parameters()), "lr": config.lr_background},
         ]
+        # On a GPU one kernel for all parameters, which a CUDA graph can hold; on a CPU the order of operations
+        # that recorded results were made with.
+        on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            groups, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
+            groups,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=on_gpu,
+            capturable=on_gpu,
         )
 
     def set_learning_rates(self, *, grid: float, networks: float) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels._triton import use_triton
 from . import losses
+from .captured import CapturedDistillation
 from .checkpoint import config_to_json, differences, read_tensors, write_tensors
+from .condition_bank import Conditions, GreyBank, MatchedColour
 from .config import FusionConfig
-from .distill import Guidance, matched_colour
+from .distill import Guidance, MultiViewGuidance, matched_colour
 from .draws import draw_step
 from .errors import Cancelled, FusionError, InputError
 from .field_state import OWN, Backends, FieldState
@@ -68,6 +71,7 @@ class Fusion:
         self.seed = seed
         self.device = torch.device(device)
         self.views = views
+        self.backends = backends
         self.state = FieldState(config, seed, self.device, backends)
         self.warm: WarmStartFit | None = None
         self.phase = FUSE if config.warm_start is None else WARM
@@ -95,7 +99,8 @@ class Fusion:
         with deterministic(self.device), interrupt_between_steps() as interrupted:
             if self.phase == WARM:
                 self._fit_views(hooks, interrupted)
-            self._loop(self.config.steps, self._distill, hooks, interrupted)
+            advance = self._captured(hooks).advance if self._captures() else self._distill
+            self._loop(self.config.steps, advance, hooks, interrupted)
         state = self.state
         return FusedField(state.field, state.background, state.occupancy, self.config)
 
@@ -159,7 +164,7 @@ class Fusion:
     def _loop(
         self,
         total: int,
-        advance: Callable[[int], tuple[RenderOutput, dict[str, Tensor]]],
+        advance: Callable[[int], tuple[Tensor, dict[str, Tensor]]],
         hooks: Hooks,
         interrupted: Callable[[], bool],
         before: int = 0,
@@ -176,8 +181,8 @@ class Fusion:
                 if not stop:
                     raise KeyboardInterrupt
                 raise Cancelled(f"stopped at step {self.done} of {self.phase}; {self._last_good()}")
-            out, values = advance(self.done)
-            self._health.note(self.done, values["loss"], out.opacity)
+            opacity, values = advance(self.done)
+            self._health.note(self.done, values["loss"], opacity)
             self.done += 1
             last = self.done == total
             save = hooks.checkpoint_path is not None and (
@@ -211,12 +216,38 @@ class Fusion:
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self._saved}" if self._saved else "no checkpoint was written"
 
-    def _distill(self, step: int) -> tuple[RenderOutput, dict[str, Tensor]]:
+    def _captures(self) -> bool:
+        """Whether the steps are to be captured. Raises :class:`InputError` if they must be and cannot."""
+        if self.backends.loop == "eager":
+            return False
+        backends = (self.backends.encoding, self.backends.volume)
+        if not isinstance(self.guidance, MultiViewGuidance):
+            reason = "the teacher is not the diffusion model"
+        elif backends != (OWN.encoding, OWN.volume):
+            reason = f"encoding and volume must be this package's own, and are {' and '.join(backends)}"
+        elif not use_triton("auto", self.state.occupancy.values):
+            reason = "it needs a CUDA device and Triton"
+        else:
+            return True
+        if self.backends.loop == "graph":
+            raise InputError(f"loop 'graph' cannot be used here, {reason}: take 'eager' or 'auto'")
+        return False
+
+    def _captured(self, hooks: Hooks) -> CapturedDistillation:
+        assert isinstance(self.guidance, MultiViewGuidance)
+        conditioner = self.guidance.conditioner
+        conditions: Conditions
+        if self.config.background_match == "grey":
+            conditions = GreyBank(conditioner, hooks.on_progress)
+        else:
+            conditions = MatchedColour(conditioner)
+        return CapturedDistillation(self.config, self.state, self.guidance, conditions)
+
+    def _distill(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of multi-view score distillation (paper section 3.3; released ``mvdream_system``)."""
         config, state, streams = self.config, self.state, self.state.streams
         stage = config.stage_at(step)
-        fitted = 0 if config.warm_start is None else config.warm_start.fit_steps
-        state.occupancy.update(fitted + step, state.field.density, streams["occupancy"])
+        state.occupancy.update(config.fitted_steps + step, state.field.density, streams["occupancy"])
         draws = draw_step(config, step, streams)
         cameras, colour = draws.cameras.to(self.device), draws.background
         out = render(
@@ -243,7 +274,7 @@ class Fusion:
                 total = total + weight * values[name]
         values["loss"] = total
         state.minimise(total)
-        return out, values
+        return out.opacity, values
 
     def _regularisers(self, step: int) -> dict[str, float]:
         config = self.config

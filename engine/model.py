@@ -72,7 +72,8 @@ class MultiViewModel:
 
 
 Progress = Callable[[str, int, int], None]
-"""``on_progress(stage, done, total)``; stages: prepare, views, warm-start, fuse, mesh, files."""
+"""``on_progress(stage, done, total)``; stages: prepare, views, warm-start, condition, fuse, mesh,
+files."""
 
 Cancel = Callable[[], bool]
 """Asked between steps; true stops the work with :class:`~.errors.Cancelled`."""

@@ -22,7 +22,7 @@ from .config import FusionConfig, WarmStart
 from .field_state import FieldState
 from .losses import sparsity_loss
 from .model import VIEWS, Cancel, MultiViewModel, Progress
-from .nerf.render import RenderOutput, render_rays
+from .nerf.render import render_rays
 from .sampler import decode_views, sample_views
 
 GREY = 0.5
@@ -185,7 +185,7 @@ class WarmStartFit:
         pictures = [source(views, report(views), cancel) for views in plan]
         return cls(state, torch.cat(pictures).to(state.device))
 
-    def advance(self, step: int) -> tuple[RenderOutput, dict[str, Tensor]]:
+    def advance(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One AdamW step on random rays of all pictures."""
         state = self.state
         state.occupancy.update(step, state.field.density, state.streams["occupancy"])
@@ -211,4 +211,4 @@ class WarmStartFit:
         }
         values["loss"] = values["rgb"] + LAMBDA_MASK * values["mask"] + LAMBDA_SPARSITY * values["sparsity"]
         state.minimise(values["loss"])
-        return out, values
+        return out.opacity, values

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagedream_rt.engine.condition_bank import LEVELS, GreyBank
+from imagedream_rt.engine.condition_bank import LEVELS, GreyBank, MatchedColour
 from imagedream_rt.engine.conditioning import Conditioner
 from imagedream_rt.engine.distill import matched_colour
 from imagedream_rt.engine.model import Controller
@@ -49,3 +49,17 @@ def test_levels_differ_and_progress_is_told():
     GreyBank(conditioner, lambda *progress: told.append(progress))
     assert told[-1] == ("condition", LEVELS, LEVELS)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+@pytest.mark.parametrize("controller", ["pixel", "local"])
+def test_matched_colour_is_the_conditioner_s_in_place(controller: Controller):
+    conditioner, _ = pair(controller)
+    conditions = MatchedColour(conditioner)
+    background = torch.rand(4, 8, 8, 3)
+    held = conditions.at(background)
+    conditions.prepare(lambda: background)
+    expected = conditioner.at(matched_colour(background, "colour"))
+    for name in ("context", "image_tokens", "image_mean", "image_std"):
+        assert getattr(conditions.at(background), name) is getattr(held, name)
+        if getattr(expected, name) is not None:
+            assert torch.equal(getattr(held, name), getattr(expected, name))
