@@ -27,7 +27,7 @@ try:  # Triton's lower level, for instructions that only Hopper has; its interfa
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:
-    gluon = gl = hopper = TensorDescriptor = None  # type: ignore[assignment,misc]
+    gluon = gl = hopper = TensorDescriptor = None
 
 KernelBackend = Literal["auto", "triton", "torch"]
 """``auto``: Triton on CUDA devices that can run it, else plain PyTorch; the others force one of the two."""

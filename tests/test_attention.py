@@ -381,7 +381,7 @@ REAL_SHAPES = [
     (4, 5, 16, 20, 64),
     (1, 4, 1024, 5, 64),  # without a picture's frame
     (1, 4, 256, 2, 64),  # fewer tiles than multiprocessors
-    (3, 4, 512, 11, 64),  # whole tiles only, for 132 multiprocessors
+    (3, 4, 384, 11, 64),  # whole tiles only, for 132 multiprocessors
     (1, 4, 256, 3, 32),
     (1, 5, 256, 3, 128),
     (1, 3, 347, 2, 64),  # 1041 tokens
