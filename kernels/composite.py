@@ -26,8 +26,7 @@ from ._triton import KernelBackend, jit, tl, use_triton
 from ._tuning import Launch
 from .samples import Samples
 
-FORWARD = Launch.of(RAYS=8, CHUNK=16, warps=4)
-BACKWARD = Launch.of(RAYS=8, CHUNK=16, warps=4)
+LAUNCH = Launch.of(RAYS=4, CHUNK=8, warps=1)
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,8 @@ def _forward_kernel(
     CHUNK: tl.constexpr,
 ):
     ray, m_ray, begin, count = load_rays(p_packed_info, n_rays, RAYS)
-    channel = tl.arange(0, CHANNELS_PADDED)[None, :]
+    channel = tl.arange(0, CHANNELS_PADDED)
+    m_channel = channel < CHANNELS
     depth_before = tl.zeros((RAYS,), dtype=tl.float32)
     opacity = tl.zeros((RAYS,), dtype=tl.float32)
     # Of the midpoints under the weights: the mean and the sum of squares around it, which keeps the digits
@@ -182,9 +182,11 @@ def _forward_kernel(
         weight = tl.exp(depth - depth_behind) * absorbed(depth)
         tl.store(p_weights + row, weight, mask=m)
         tl.store(p_passed + row, tl.exp(-depth_behind), mask=m)
-        for c in tl.static_range(CHANNELS):
-            value = tl.load(p_values + row * CHANNELS + c, mask=m, other=0.0).to(tl.float32)
-            seen += tl.where(channel == c, tl.sum(weight * value, axis=1)[:, None], 0.0)
+        m_value = m[:, :, None] & m_channel[None, None, :]
+        value = tl.load(
+            p_values + row[:, :, None] * CHANNELS + channel[None, None, :], mask=m_value, other=0.0
+        )
+        seen += tl.sum(weight[:, :, None] * value.to(tl.float32), axis=1)
 
         new = tl.sum(weight, axis=1)
         total = opacity + new
@@ -197,8 +199,8 @@ def _forward_kernel(
         opacity = total
         depth_before += tl.sum(depth, axis=1)
         done += CHUNK
-    m_seen = m_ray[:, None] & (channel < CHANNELS)
-    tl.store(p_seen + ray[:, None] * CHANNELS + channel, seen, mask=m_seen)
+    m_seen = m_ray[:, None] & m_channel[None, :]
+    tl.store(p_seen + ray[:, None] * CHANNELS + channel[None, :], seen, mask=m_seen)
     depth = opacity * mean
     tl.store(p_opacity + ray, opacity, mask=m_ray)
     tl.store(p_depth + ray, depth, mask=m_ray)
@@ -224,11 +226,17 @@ def _backward_kernel(
     p_grad_values,
     n_rays,
     CHANNELS: tl.constexpr,
+    CHANNELS_PADDED: tl.constexpr,
     RAYS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Gradients of outputs are given, or None for zero."""
     ray, m_ray, begin, count = load_rays(p_packed_info, n_rays, RAYS)
+    channel = tl.arange(0, CHANNELS_PADDED)
+    m_channel = channel < CHANNELS
+    if p_grad_seen is not None:
+        m_seen = m_ray[:, None] & m_channel[None, :]
+        grad_seen = tl.load(p_grad_seen + ray[:, None] * CHANNELS + channel[None, :], mask=m_seen, other=0.0)
     if p_grad_opacity is not None:
         grad_opacity = tl.load(p_grad_opacity + ray, mask=m_ray, other=0.0)
     if p_grad_depth is not None:
@@ -258,12 +266,14 @@ def _backward_kernel(
             away = middle - depth[:, None]
             grad += grad_z_variance[:, None] * (away * away - 2.0 * middle * (depth * see_through)[:, None])
         if p_grad_seen is not None:
-            for c in tl.static_range(CHANNELS):
-                grad_seen = tl.load(p_grad_seen + ray * CHANNELS + c, mask=m_ray, other=0.0)[:, None]
-                value = tl.load(p_values + row * CHANNELS + c, mask=m, other=0.0).to(tl.float32)
-                grad += value * grad_seen
-                if p_grad_values is not None:
-                    tl.store(p_grad_values + row * CHANNELS + c, weight * grad_seen, mask=m)
+            m_value = m[:, :, None] & m_channel[None, None, :]
+            place_value = row[:, :, None] * CHANNELS + channel[None, None, :]
+            value = tl.load(p_values + place_value, mask=m_value, other=0.0).to(tl.float32)
+            grad += tl.sum(value * grad_seen[:, None, :], axis=2)
+            if p_grad_values is not None:
+                tl.store(
+                    p_grad_values + place_value, weight[:, :, None] * grad_seen[:, None, :], mask=m_value
+                )
         share = tl.where(m, grad * weight, 0.0)
         later = behind[:, None] + tl.cumsum(share, axis=1, reverse=True) - share
         passed = tl.load(p_passed + row, mask=m, other=0.0)
@@ -283,7 +293,7 @@ class _Composite(torch.autograd.Function):
         passed = torch.empty_like(weights)
         seen = weights.new_empty(n_rays, channels)
         opacity, depth, z_variance = (weights.new_empty(n_rays) for _ in range(3))
-        _forward_kernel[_grid(n_rays, FORWARD)](
+        _forward_kernel[_grid(n_rays)](
             sigma.contiguous(),
             values,
             *intervals,
@@ -294,9 +304,8 @@ class _Composite(torch.autograd.Function):
             depth,
             z_variance,
             n_rays,
-            CHANNELS=channels,
-            CHANNELS_PADDED=1 << max(channels - 1, 0).bit_length(),
-            **FORWARD.options,
+            **_channels(channels),
+            **LAUNCH.options,
         )
         ctx.set_materialize_grads(False)
         ctx.padded, ctx.sigma_dtype = samples.count is not None, sigma.dtype
@@ -311,17 +320,21 @@ class _Composite(torch.autograd.Function):
         fresh = torch.zeros_like if ctx.padded else torch.empty_like
         grad_sigma = fresh(weights, dtype=ctx.sigma_dtype)
         grad_values = fresh(values) if ctx.needs_input_grad[1] and grads[1] is not None else None
-        _backward_kernel[_grid(n_rays, BACKWARD)](
+        _backward_kernel[_grid(n_rays)](
             *saved,
             *(None if grad is None else grad.contiguous() for grad in grads),
             grad_sigma,
             grad_values,
             n_rays,
-            CHANNELS=values.shape[1],
-            **BACKWARD.options,
+            **_channels(values.shape[1]),
+            **LAUNCH.options,
         )
         return grad_sigma, grad_values, None
 
 
-def _grid(n_rays: int, launch: Launch) -> tuple[int]:
-    return (-(-n_rays // launch["RAYS"]),)
+def _grid(n_rays: int) -> tuple[int]:
+    return (-(-n_rays // LAUNCH["RAYS"]),)
+
+
+def _channels(channels: int) -> dict[str, int]:
+    return {"CHANNELS": channels, "CHANNELS_PADDED": 1 << max(channels - 1, 0).bit_length()}

@@ -27,8 +27,10 @@ BOX_DIAGONAL = 2 * math.sqrt(3.0)
 LATTICE_POINTS = 2**22
 """Most lattice points that plain PyTorch looks at together."""
 
-COUNT = Launch.of(RAYS=32, warps=1)
-WRITE = Launch.of(RAYS=32, CHUNK=32, warps=4)
+COUNT = Launch.of(RAYS=32, WRITTEN=4, warps=1)
+# As many threads as lattice points: with more points to a thread, they would be neighbours along the ray, and
+# each store would write to every other place.
+WRITE = Launch.of(RAYS=4, CHUNK=32, warps=4)
 
 
 def march(
@@ -132,7 +134,7 @@ def _march_triton(
     if n_rays * lattice_points(step) > MOST_SAMPLES:
         raise ValueError(f"{n_rays} rays of up to {lattice_points(step)} samples are too many for one call")
     bits = pack_occupancy(occupied, backend="triton")
-    blocks = -(-n_rays // COUNT["RAYS"])
+    blocks = -(-n_rays // WRITE["RAYS"])
     new = bits.words.new_empty
     counts, sums, spans = new(n_rays), new(blocks), new(n_rays, 2, dtype=torch.float32)
     origins, directions = origins.contiguous(), directions.contiguous()
@@ -140,10 +142,10 @@ def _march_triton(
         near = near.contiguous()
     grid = (bits.words, bits.resolution, word_count(bits.resolution))
     lattice = (step, lattice_points(step))
-    _count_kernel[(blocks,)](
-        origins, directions, near, *grid, *lattice, counts, sums, spans, n_rays, **COUNT.options
+    _count_kernel[(-(-n_rays // COUNT["RAYS"]),)](
+        origins, directions, near, *grid, *lattice, counts, sums, spans, n_rays, blocks, **COUNT.options
     )
-    allotment = allot(counts, sums, COUNT["RAYS"], capacity)
+    allotment = allot(counts, sums, WRITE["RAYS"], capacity)
     samples = buffers(allotment, n_rays, capacity)
     _write_kernel[(blocks,)](
         origins,
@@ -200,9 +202,16 @@ def _load_rays(p_origins, p_directions, p_near, ray, m_ray):
 
 
 @jit
+def _middle(near, k, step):
+    """Where along the ray the middle of an interval lies."""
+    # Fused by name: both kernels must round alike, for one writes what the other counted.
+    return tl.fma(k + 0.5, step, near)
+
+
+@jit
 def _cell(start, slope, middle, grid):
     """The coordinate of a point in cells, by one axis."""
-    return tl.minimum(tl.maximum(start + slope * middle, 0.0), grid - 1.0)
+    return tl.minimum(tl.maximum(tl.fma(slope, middle, start), 0.0), grid - 1.0)
 
 
 @jit
@@ -219,9 +228,14 @@ def _count_kernel(
     p_sums,
     p_spans,
     n_rays,
+    n_sums,
     RAYS: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):
-    """How many samples RAYS rays have, and between which points of the lattice they lie."""
+    """How many samples RAYS rays have, and between which points of the lattice they lie.
+
+    The numbers are also summed over WRITTEN rays, those that are written by one program.
+    """
     ray = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
     m_ray = ray < n_rays
     ox, oy, oz, dx, dy, dz, near = _load_rays(p_origins, p_directions, p_near, ray, m_ray)
@@ -236,8 +250,8 @@ def _count_kernel(
     last = tl.minimum(k + points, tl.ceil((leave - near) / step - 0.5) + 1.0)
     # Both may be too generous by rounding and by the point added to make up for it.
     for _ in tl.static_range(3):
-        k = tl.where(near + (k + 0.5) * step < enter, k + 1.0, k)
-        last = tl.where(near + (last - 0.5) * step >= leave, last - 1.0, last)
+        k = tl.where(_middle(near, k, step) < enter, k + 1.0, k)
+        last = tl.where(_middle(near, last - 1.0, step) >= leave, last - 1.0, last)
     last = tl.where(m_ray & (enter < leave), last, 0.0)
 
     # From here on in cells.
@@ -251,7 +265,7 @@ def _count_kernel(
     end = tl.zeros((RAYS,), dtype=tl.float32)
     m = k < last
     while tl.max(m.to(tl.int32)) > 0:
-        middle = near + (k + 0.5) * step
+        middle = _middle(near, k, step)
         x, y, z = _cell(ox, dx, middle, grid), _cell(oy, dy, middle, grid), _cell(oz, dz, middle, grid)
         cx, cy, cz = x.to(tl.int32), y.to(tl.int32), z.to(tl.int32)
         occupied = m & (_bit(p_words, cx, cy, cz, grid, m) == 1)
@@ -269,7 +283,9 @@ def _count_kernel(
         k = after
         m = k < last
     tl.store(p_counts + ray, count, mask=m_ray)
-    tl.store(p_sums + tl.program_id(0), tl.sum(count))
+    block = tl.program_id(0) * (RAYS // WRITTEN) + tl.arange(0, RAYS // WRITTEN)
+    sums = tl.sum(tl.reshape(count, (RAYS // WRITTEN, WRITTEN)), axis=1)
+    tl.store(p_sums + block, sums, mask=block < n_sums)
     tl.store(p_spans + ray * 2, first, mask=m_ray)
     tl.store(p_spans + ray * 2 + 1, end, mask=m_ray)
 
@@ -310,7 +326,7 @@ def _write_kernel(
     while done < longest:
         point = (k + done)[:, None] + tl.arange(0, CHUNK)[None, :].to(tl.float32)
         m = point < end[:, None]
-        middle = near[:, None] + (point + 0.5) * step
+        middle = _middle(near[:, None], point, step)
         x, y, z = _cell(ox, dx, middle, grid), _cell(oy, dy, middle, grid), _cell(oz, dz, middle, grid)
         sample = tl.where(m, _bit(p_words, x.to(tl.int32), y.to(tl.int32), z.to(tl.int32), grid, m), 0)
         number = written[:, None] + tl.cumsum(sample, axis=1) - 1

@@ -246,16 +246,13 @@ def test_without_gradient_of_the_values(kernel_device: torch.device) -> None:
 def test_compiles_ahead_of_time(arch: int) -> None:
     common = dict.fromkeys(("p_values", "p_t_starts", "p_t_ends", "p_weights", "p_passed"), "*fp32")
     common |= dict.fromkeys(("p_opacity", "p_depth"), "*fp32") | {"p_packed_info": "*i32", "n_rays": "i32"}
-    builds = [
-        {"CHANNELS": channels, "CHANNELS_PADDED": power, **dict(module.FORWARD.constants)}
-        for channels, power in ((3, 4), (6, 8))
-    ]
+    sizes = dict(module.LAUNCH.constants)
+    builds = [{"CHANNELS": 3, "CHANNELS_PADDED": 4, **sizes}, {"CHANNELS": 6, "CHANNELS_PADDED": 8, **sizes}]
     forward = common | dict.fromkeys(("p_sigma", "p_seen", "p_z_variance"), "*fp32")
-    compile_ahead("composite", "_forward_kernel", forward, builds, arch, warps=module.FORWARD.warps)
+    compile_ahead("composite", "_forward_kernel", forward, builds, arch, warps=module.LAUNCH.warps)
     grads = ("p_grad_weights", "p_grad_seen", "p_grad_opacity", "p_grad_depth", "p_grad_z_variance")
     backward = common | dict.fromkeys((*grads, "p_grad_sigma", "p_grad_values"), "*fp32")
-    builds = [{"CHANNELS": channels, **dict(module.BACKWARD.constants)} for channels in (3, 6)]
-    compile_ahead("composite", "_backward_kernel", backward, builds, arch, warps=module.BACKWARD.warps)
+    compile_ahead("composite", "_backward_kernel", backward, builds, arch, warps=module.LAUNCH.warps)
 
 
 @pytest.mark.gpu

@@ -219,7 +219,7 @@ def test_many_rays_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     assert_same_samples(march(origins, directions, FULL, 0.1), whole)
 
 
-def test_errors() -> None:
+def test_errors(kernel_device: torch.device) -> None:
     origins, directions = along(0, (-3.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"both must be \[R, 3\]"):
         march(origins[0], directions[0], FULL, 0.5)
@@ -229,9 +229,9 @@ def test_errors() -> None:
         march(origins, directions, FULL, 0.0)
     with pytest.raises(ValueError, match="near is"):
         march(origins, directions, FULL, 0.5, torch.zeros(2))
-    many = origins.expand(2**20, 3)
+    many = origins.to(kernel_device).expand(2**20, 3)
     with pytest.raises(ValueError, match="1048576 rays of up to 3467 samples are too many"):
-        march(many, many, FULL, 1e-3, backend="triton")
+        march(many, many, FULL.to(kernel_device), 1e-3, backend="triton")
 
 
 def test_examples() -> None:
@@ -243,7 +243,7 @@ def test_compiles_ahead_of_time(arch: int) -> None:
     rays = dict.fromkeys(("p_origins", "p_directions", "p_near"), "*fp32")
     rays |= dict.fromkeys(("p_words", "p_counts"), "*i32") | dict.fromkeys(("grid", "n_rays"), "i32")
     rays |= {"p_spans": "*fp32", "step": "fp32"}
-    count = {**rays, "cell_words": "i32", "points": "i32", "p_sums": "*i32"}
+    count = {**rays, "cell_words": "i32", "points": "i32", "p_sums": "*i32", "n_sums": "i32"}
     launch = ray_march.COUNT
     compile_ahead("ray_march", "_count_kernel", count, [dict(launch.constants)], arch, warps=launch.warps)
     integers = ("p_begins", "p_totals", "p_ray_indices", "p_packed_info")
