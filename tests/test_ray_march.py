@@ -282,7 +282,7 @@ def test_official_rays(views: int, resolution: int) -> None:
 @pytest.mark.gpu
 def test_captured_in_a_graph() -> None:
     origins, directions, ball = official_rays(4, 64)
-    step, capacity = OFFICIAL.render.step_size, 2**20
+    step, capacity = OFFICIAL.render.step_size, 2**21
     march(origins, directions, ball, step, capacity=capacity)
     still = torch.zeros_like(ball)
     graph = torch.cuda.CUDAGraph()
