@@ -55,7 +55,9 @@ def _case(tokens: int, heads: int, image: int) -> Case:
             "xformers twice": xformers,
             "torch.compile": lambda: compiled(*inputs),
         },
-        reference=lambda: decoupled_cross_attention_reference(*(x.float() for x in inputs[:5]), IMAGE_SCALE),
+        reference=lambda: decoupled_cross_attention_reference(
+            q.float(), k_text.float(), v_text.float(), k_image.float(), v_image.float(), IMAGE_SCALE
+        ),
         tolerance=2e-3,
         work=float(2 * q.nbytes + 2 * k_text.nbytes + 2 * k_image.nbytes),
         unit="TB/s",

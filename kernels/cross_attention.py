@@ -56,16 +56,21 @@ def decoupled_cross_attention_reference(
 
 
 @jit
+def _append(items, item):
+    return items + (item,)  # noqa: RUF005
+
+
+@jit
 def _blocks(p, stride, COUNT: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, D: tl.constexpr):
     """Keys or values [COUNT, D] as whole blocks of BLOCK rows and a last one of REST, zero where nothing is."""
     column = tl.arange(0, D)[None, :]
     blocks = ()
     for first in tl.static_range(0, COUNT // BLOCK * BLOCK, BLOCK):
         row = first + tl.arange(0, BLOCK)[:, None]
-        blocks = blocks + (tl.load(p + row * stride + column),)  # noqa: RUF005
+        blocks = _append(blocks, tl.load(p + row * stride + column))
     if REST > 0:
         row = COUNT // BLOCK * BLOCK + tl.arange(0, REST)[:, None]
-        blocks = blocks + (tl.load(p + row * stride + column, row < COUNT, other=0.0),)  # noqa: RUF005
+        blocks = _append(blocks, tl.load(p + row * stride + column, row < COUNT, other=0.0))
     return blocks
 
 
@@ -78,7 +83,7 @@ def _scores(q, keys, COUNT: tl.constexpr, BLOCK: tl.constexpr):
         if number * BLOCK + score.shape[1] > COUNT:
             key = number * BLOCK + tl.arange(0, score.shape[1])[None, :]
             score = tl.where(key < COUNT, score, float("-inf"))
-        scores = scores + (score,)  # noqa: RUF005
+        scores = _append(scores, score)
     return scores
 
 
@@ -201,14 +206,11 @@ def _forward_kernel(
 
 def _candidates(size: int, text: int, image: int, dtype: torch.dtype, *grid: int) -> Sequence[Launch]:
     if dtype == torch.float32:
-        return [Launch.of(ROWS=64, KEYS=32, warps=4), Launch.of(ROWS=32, KEYS=32, warps=4)]
+        return [Launch.of(ROWS=rows, KEYS=32, warps=4) for rows in (64, 32)]
     if text + image <= FEW_KEYS:
         return [Launch.of(ROWS=64, KEYS=64, warps=4), Launch.of(ROWS=128, KEYS=64, warps=8)]
     return [
-        Launch.of(ROWS=64, KEYS=64, warps=4, stages=3),
-        Launch.of(ROWS=64, KEYS=64, warps=4),
-        Launch.of(ROWS=64, KEYS=32, warps=4),
-        Launch.of(ROWS=128, KEYS=64, warps=4),
+        Launch.of(ROWS=64, KEYS=keys, warps=4, stages=stages) for keys, stages in ((64, 3), (64, 2), (32, 2))
     ]
 
 
@@ -304,8 +306,7 @@ def _branch_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     weights = torch.softmax(q @ k.mT * scale, dim=-1)
     slope = grad @ v.mT
     slope = weights * (slope - (weights * slope).sum(-1, keepdim=True)) * scale
-    grads = slope @ k, slope.mT @ q, weights.mT @ grad
-    grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
+    grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in (slope @ k, slope.mT @ q, weights.mT @ grad))
     return grad_q.reshape(shape), grad_k, grad_v
 
 

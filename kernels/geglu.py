@@ -111,7 +111,7 @@ def _backward_kernel(
 
 def _candidates(rows: int, channels: int, dtype: torch.dtype) -> Sequence[Launch]:
     # STREAM spares the cache for others, which pays where the tensor is larger than the cache.
-    tiles = [(4, 256, 4, 0), (4, 256, 4, 1), (1, 1024, 4, 0), (8, 128, 4, 0), (8, 256, 8, 0), (2, 512, 4, 0)]
+    tiles = [(4, 256, 4, 0), (4, 256, 4, 1), (2, 512, 4, 0), (1, 1024, 4, 0)]
     return [Launch.of(ROWS=r, COLUMNS=c, STREAM=stream, warps=warps) for r, c, warps, stream in tiles]
 
 

@@ -40,6 +40,11 @@ def add_layer_norm_reference(
 
 
 @jit
+def _append(items, item):
+    return items + (item,)  # noqa: RUF005
+
+
+@jit
 def _forward_kernel(
     x,
     delta,
@@ -69,12 +74,12 @@ def _forward_kernel(
             rounded = part.to(total.dtype.element_ty)
             tl.store(total + o_out + first, rounded, there)
             part = rounded.to(tl.float32)
-        parts = parts + (part,)  # noqa: RUF005
+        parts = _append(parts, part)
     # Under way while the statistics are computed. An address for each row gives them the layout of x.
     for first in tl.static_range(0, CHANNELS, BLOCK):
         channel = tl.broadcast_to(first + column, (ROWS, BLOCK))
-        weights = weights + (tl.load(weight + channel, channel < CHANNELS),)  # noqa: RUF005
-        biases = biases + (tl.load(bias + channel, channel < CHANNELS),)  # noqa: RUF005
+        weights = _append(weights, tl.load(weight + channel, channel < CHANNELS))
+        biases = _append(biases, tl.load(bias + channel, channel < CHANNELS))
 
     moment = tl.zeros((ROWS, BLOCK), tl.float32)
     for number in tl.static_range(len(parts)):
@@ -115,9 +120,8 @@ def _backward_kernel(
     b_weight = tl.load(weight + column, inside, other=0.0).to(tl.float32)
     sum_weight = tl.zeros((1, BLOCK), tl.float32)
     sum_bias = tl.zeros((1, BLOCK), tl.float32)
-    first = program.to(tl.int64) * ROWS
-    while first < rows:
-        row = first + tl.arange(0, ROWS)[:, None]
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)[:, None]
         there = (row < rows) & inside
         b_x = tl.load(x + row * x_stride + column, there, other=0.0).to(tl.float32)
         b_grad = tl.load(grad + row * grad_stride + column, there, other=0.0).to(tl.float32)
@@ -131,7 +135,6 @@ def _backward_kernel(
         tl.store(grad_x + row * CHANNELS + column, result.to(grad_x.dtype.element_ty), there)
         sum_weight += tl.sum(b_grad * normed, axis=0, keep_dims=True)
         sum_bias += tl.sum(b_grad, axis=0, keep_dims=True)
-        first += tl.num_programs(0) * ROWS
     tl.store(grad_weight + program * CHANNELS + column, sum_weight, inside)
     tl.store(grad_bias + program * CHANNELS + column, sum_bias, inside)
 
@@ -146,7 +149,7 @@ def _candidates(rows: int, channels: int, dtype: torch.dtype, add: bool) -> Sequ
     block = _block(channels)
     if channels > 2048:
         return [Launch.of(BLOCK=block, ROWS=1, warps=warps) for warps in (8, 4, 16)]
-    shapes = [(4, 4), (2, 4), (1, 4), (8, 8), (4, 2), (2, 2), (1, 2), (8, 4)]
+    shapes = [(4, 4), (2, 4), (1, 4), (8, 8), (4, 2)]
     return [Launch.of(BLOCK=block, ROWS=rows, warps=warps) for rows, warps in shapes]
 
 
@@ -207,7 +210,8 @@ def _layer_norm_backward(
     channels = x.shape[-1]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
-        return grad_x, *(x.new_zeros(channels, dtype=torch.float32) for _ in range(2))
+        nothing = x.new_zeros(channels, dtype=torch.float32)
+        return grad_x, nothing, nothing.clone()
     grad, x, weight = _rows(grad), _rows(x), weight.contiguous()
     launch = _backward_launch(channels)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
@@ -217,8 +221,7 @@ def _layer_norm_backward(
     _backward_kernel[(programs,)](
         grad, x, weight, grad_x, *sums, *numbers, CHANNELS=channels, **launch.options
     )
-    grad_weight, grad_bias = sums.sum(1)
-    return grad_x, grad_weight, grad_bias.clone()
+    return grad_x, sums[0].sum(0), sums[1].sum(0)
 
 
 @_layer_norm.register_fake
@@ -235,7 +238,8 @@ def _(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tup
 @_layer_norm_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, *(x.new_empty(x.shape[-1], dtype=torch.float32) for _ in range(2))
+    grad_weight = x.new_empty(x.shape[-1], dtype=torch.float32)
+    return grad_x, grad_weight, torch.empty_like(grad_weight)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
@@ -259,9 +263,9 @@ def _remember_sum(
 def _differentiate_sum(
     ctx: Any, grad_total: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    grad_x, *others = _differentiate(ctx, grad)
+    grad_x, grad_weight, grad_bias, _ = _differentiate(ctx, grad)
     grad_x = grad_x + grad_total
-    return grad_x, grad_x, *others
+    return grad_x, grad_x, grad_weight, grad_bias, None
 
 
 _layer_norm.register_autograd(_differentiate, setup_context=_remember)
