@@ -7,6 +7,7 @@ annotations``, so that they import where Triton is missing; there they are never
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,9 +39,11 @@ OLDEST_CAPABILITY = (8, 0)
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def jit(function: Any) -> Any:
-    """``triton.jit``; without Triton the function as it is, which is then never launched."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Any = None, **options: Any) -> Any:
+    """``triton.jit``, bare or with options; without Triton the function as it is, which is then never launched."""
+    if function is None:
+        return partial(jit, **options)
+    return function if triton is None else triton.jit(function, **options)
 
 
 def gluon_jit(function: Any) -> Any:
