@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..engine._optional import require, version
 from ..engine.checkpoint_files import sha256_of
-from ..engine.errors import InputError
 from ..engine.files import check_writable_folder, staged
 from ..engine.model import MultiViewModel
 from .flavours import TensorRT
@@ -27,14 +24,6 @@ from .wrappers import Component
 
 OnStage = Callable[[str, int, int], None]
 """``on_progress(stage, done, total)``; a stage for each component and each plan."""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The files of one export."""
-
-    onnx: list[Path] = field(default_factory=list)
-    plans: list[Path] = field(default_factory=list)
 
 
 def export_onnx(
@@ -149,33 +138,3 @@ def node_counts(path: Path) -> dict[str, int]:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def parse_profile(text: str | None) -> tuple[int, int, int] | None:
-    """``min,opt,max`` batches, or one for all three. Raises :class:`InputError`."""
-    if text is None:
-        return None
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) == 1:
-        numbers *= 3
-    if len(numbers) != 3:
-        raise InputError(f"profile {text!r}: give the least, usual and greatest batch, for example 1,2,8")
-    least, usual, most = numbers
-    return least, usual, most
-
-
-def as_paths(exported: Exported) -> list[Path]:
-    return [*exported.onnx, *exported.plans]
-
-
-def summary(exported: Exported) -> dict[str, Any]:
-    """JSON-ready: each file with its figures."""
-    from .manifest import read_manifest
-
-    return {
-        "onnx": {str(path): OnnxReport.read(path).check["worst"] for path in exported.onnx},
-        "plans": {str(path): read_manifest(path).size_bytes for path in exported.plans},
-    }

@@ -114,7 +114,7 @@ def check_numerics(
     cases = list(_cases(component))
     total = 2 * len(cases) + 1
     done = _Counter(total, on_step)
-    wanted = _reference(component, [inputs for _, inputs in cases], done)
+    wanted = reference(component, [inputs for _, inputs in cases], done)
     widened = dtype == torch.bfloat16
     reports = []
     with _runnable(path, widened) as run:
@@ -167,8 +167,8 @@ def _extreme(spec: TensorSpec, dtype: torch.dtype, generator: torch.Generator) -
     return x
 
 
-def _reference(
-    component: Component, batches: Sequence[Sequence[Tensor]], done: Callable[[], None]
+def reference(
+    component: Component, batches: Sequence[Sequence[Tensor]], done: Callable[[], None] = lambda: None
 ) -> list[tuple[Tensor, ...]]:
     """The component's outputs in float32. Its parameters are widened in place and narrowed again, both exact."""
     dtype, results = component.dtype, []

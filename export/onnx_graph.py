@@ -74,14 +74,15 @@ def write_onnx(component: Component, path: Path, metadata: Mapping[str, str]) ->
             verbose=False,
         )
         assert exported is not None
+        graph = exported.model.graph
         fold_weights(exported.model)
-        exported.optimize()
-    graph = exported.model.graph
+        with _weights_hidden(graph):
+            exported.optimize()
     for value, spec in zip(
         (*graph.inputs, *graph.outputs), (*component.inputs, *component.outputs), strict=True
     ):
         value.shape = ir.Shape(spec.dims(BATCH))
-    parameters = module.state_dict()
+    parameters = parameters_of(module)
     weights = [name for name in graph.initializers if parameter_of(name)[0] in parameters]
     about = {**_about(component), "weights": json.dumps(weights), **metadata}
     exported.model.metadata_props.update({PREFIX + name: value for name, value in about.items()})
@@ -153,6 +154,21 @@ def fold_weights(model: Any) -> None:
         del graph.initializers[name]
 
 
+@contextmanager
+def _weights_hidden(graph: Any) -> Iterator[None]:
+    """Take the values off the weights for a while: PyTorch's optimizer would merge equal ones, such as two biases of
+    zeros, and a refit could no longer tell them apart."""
+    held = {name: value.const_value for name, value in graph.initializers.items()}
+    for value in graph.initializers.values():
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for name, tensor in held.items():
+            if name in graph.initializers:
+                graph.initializers[name].const_value = tensor
+
+
 def _transposed(tensor: Any, name: str) -> Any:
     import onnx_ir as ir
 
@@ -169,6 +185,11 @@ def _widened(tensor: Any, name: str) -> Any:
         return ir.Tensor(tensor.numpy().astype("float32"))
 
     return ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape), name=name)
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the names that graphs have for them."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def parameter_of(name: str) -> tuple[str, bool]:

@@ -1,0 +1,106 @@
+"""A model whose UNet and VAE decoder are plans: ``backend="tensorrt"``. The rest stays as it is.
+
+Encoders run once per job, and fusion differentiates through the VAE's encoder, which a plan cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.errors import InputError
+from ..engine.model import MultiViewModel
+from ..engine.unet import MultiViewUNet
+from ..engine.vae import LatentCodec
+from .flavours import local_architecture
+from .trt_runtime import Plan, Workspace
+
+
+class PlanUNet(nn.Module):
+    """Called like :class:`~..engine.unet.MultiViewUNet`; everything but the image adaptor is in the plan."""
+
+    def __init__(self, unet: MultiViewUNet, plan: Plan) -> None:
+        super().__init__()
+        self.config = unet.config
+        self.plan = plan
+        # What runs outside of the plan; it also says device and dtype.
+        self.camera_embed = unet.camera_embed
+        if unet.config.with_image:
+            self.image_embed = unet.image_embed
+
+    embed_image = MultiViewUNet.embed_image
+    dtype = MultiViewUNet.dtype
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        camera: Tensor | None = None,
+        image_hidden: Tensor | None = None,
+        image_latent: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`MultiViewUNet.forward`; camera, tokens and image latent as the plan was built, all or none."""
+        if image_hidden is not None:
+            image_tokens = self.embed_image(image_hidden)
+        given = {
+            "sample": latents,
+            "timestep": timesteps,
+            "encoder_hidden_states": context,
+            "camera": camera,
+            "image_tokens": image_tokens,
+            "image_latent": image_latent,
+        }
+        inputs = []
+        for spec in self.plan.manifest.inputs:
+            x = given[spec["name"]]
+            if x is None:
+                raise InputError(f"{self.plan.path.name} needs {spec['name']}")
+            inputs.append(x.to(getattr(torch, spec["dtype"])).contiguous())
+        return self.plan(*inputs)[0].to(latents.dtype)
+
+
+class PlanCodec(LatentCodec):
+    """The VAE with its decoder as a plan."""
+
+    def __init__(self, codec: LatentCodec, plan: Plan) -> None:
+        super().__init__(codec.vae, codec.scaling_factor)
+        self.plan = plan
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.plan(latents.to(self.vae.dtype).contiguous())[0]
+
+
+def with_plans(model: MultiViewModel, folder: str | Path) -> MultiViewModel:
+    """``model`` (on the GPU) with the plans of ``folder`` for this GPU in place of its UNet and VAE decoder.
+
+    The plans share activation memory and run on the current stream, so a CUDA graph can capture them.
+
+    Raises :class:`InputError` if there is no plan of the UNet, if a plan does not belong here, or if it was made of
+    another checkpoint.
+    """
+    folder, architecture = Path(folder), local_architecture()
+    if architecture is None:
+        raise InputError("backend tensorrt needs a CUDA device; there is none here")
+    found = {name: folder / f"{name}.{architecture}.plan" for name in ("unet", "vae_decoder")}
+    if not found["unet"].is_file():
+        raise InputError(
+            f"{folder} has no {found['unet'].name}; make it: imagedream-rt export {model.card.name} -o {folder} "
+            f"--sm {architecture.removeprefix('sm')}"
+        )
+    workspace = Workspace(model.device)
+    plans = {name: Plan(path, workspace=workspace) for name, path in found.items() if path.is_file()}
+    for plan in plans.values():
+        source = plan.manifest.source
+        if source.sha256 != model.card.sha256 or source.controller != model.card.controller:
+            raise InputError(
+                f"{plan.path} was made of {source.model}, and not of {model.card.name} as it is now"
+            )
+    changed = replace(model, unet=PlanUNet(model.unet, plans["unet"]))  # type: ignore[arg-type]
+    if "vae_decoder" in plans:
+        changed = replace(changed, vae=PlanCodec(model.vae, plans["vae_decoder"]))
+    return changed
