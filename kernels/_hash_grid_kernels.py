@@ -6,7 +6,7 @@ the level at work, a twelfth of the official field's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,12 +24,20 @@ from ._grid_lookup import (
     padded,
 )
 from ._triton import jit, tl
+from ._tuning import Launch, Tuned
 
 POINTS, WARPS = 128, 4
 """Points of a program, one to a thread: more in a thread would move between threads on their way to memory."""
 
-RUN, REGIONS = 4, 64
-"""See :func:`scatter_kernel`."""
+REGIONS = 64
+"""Parts of the points that :func:`scatter_kernel` works on at the same time."""
+
+
+_SIZES = (
+    *("N", "regions", "stride_point", "stride_axis"),
+    *("value_row", "value_point", "slope_row", "slope_axis", "slope_point"),
+)
+"""Arguments whose values must not make other kernels: the number of points is another one at every step."""
 
 
 @jit
@@ -64,7 +72,7 @@ def _load_columns(p, stride, m, F: tl.constexpr):
     return columns
 
 
-@jit
+@jit(do_not_specialize=_SIZES)
 def encode_kernel(
     p_x,
     p_table,
@@ -153,7 +161,7 @@ def _shares_of_points(
     return cell, corner_shares(fraction, level, g, slopes)
 
 
-@jit
+@jit(do_not_specialize=_SIZES)
 def scatter_kernel(
     p_x,
     p_grad,
@@ -181,8 +189,7 @@ def scatter_kernel(
 
     Neighbouring points are samples of a ray: many share a cell of the coarse levels, and additions to the
     same entry wait for each other. So a thread takes RUN neighbours, one after another, and adds for those in
-    the same cell together; and programs that follow one another take blocks of different
-    ``regions``.
+    the same cell together; and programs that run at the same time take blocks of different ``regions``.
     """
     n = _valid(p_count, N)
     blocks = tl.cdiv(n, RUN * POINTS)
@@ -241,6 +248,15 @@ def scatter_kernel(
     add_to_corners(p_grad, cell, level, m, shares, F, PAIRS)
 
 
+def _candidates(features: int, slopes: bool, pairs: bool, size: int) -> list[Launch]:
+    """For fewer than 2^``size`` points: long runs once there are programs enough."""
+    runs = (8, 4, 2) if size > 15 else (1,)
+    return [Launch.of(warps=WARPS, POINTS=POINTS, RUN=run) for run in runs]
+
+
+_TUNED = Tuned("hash_grid_scatter", scatter_kernel, _candidates)
+
+
 def encode(
     x: Tensor, entries: Tensor, levels: tuple[GridLevel, ...], jacobian: bool, count: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -252,7 +268,10 @@ def encode(
         parameters = level_parameters(levels, x.device)
         encode_kernel[-(-n // POINTS), len(levels)](
             *(x, entries.contiguous(), parameters, count, value, slope, n, *x.stride()),
-            **_constants(levels, features),
+            LEVELS=padded(levels),
+            F=features,
+            POINTS=POINTS,
+            num_warps=WARPS,
         )
     return value, slope
 
@@ -271,16 +290,21 @@ def scatter_gradients(
         strides = (0, 0) if grad_value is None else grad_value.stride()
         strides += (0, 0, 0) if grad_slope is None else grad_slope.stride()
         parameters = level_parameters(levels, x.device)
-        blocks = -(-len(x) // (RUN * POINTS))
-        regions = min(REGIONS, blocks)
-        scatter_kernel[-(-blocks // regions) * regions, len(levels)](
-            *(x, grad, parameters, count, grad_value, grad_slope, len(x), regions, *x.stride(), *strides),
-            **_constants(levels, shape[1]),
-            RUN=RUN,
-            PAIRS=shape[1] <= 2 and adds_vectors(x.device),
-        )
+        pairs = shape[1] <= 2 and adds_vectors(x.device)
+
+        def run(target: Tensor, launch: Launch) -> None:
+            blocks = -(-len(x) // (launch["RUN"] * launch["POINTS"]))
+            regions = min(REGIONS, blocks)
+            scatter_kernel[-(-blocks // regions) * regions, len(levels)](
+                *(x, target, parameters, count, grad_value, grad_slope, len(x), regions),
+                *(*x.stride(), *strides),
+                LEVELS=padded(levels),
+                F=shape[1],
+                PAIRS=pairs,
+                **launch.options,
+            )
+
+        scratch = cache(lambda: torch.zeros_like(grad))
+        key = (shape[1], grad_slope is not None, pairs, len(x).bit_length())
+        run(grad, _TUNED.choose(x.device, key, lambda launch: run(scratch(), launch)))
     return grad
-
-
-def _constants(levels: Sequence[GridLevel], features: int) -> dict[str, int]:
-    return {"LEVELS": padded(levels), "F": features, "POINTS": POINTS, "num_warps": WARPS}

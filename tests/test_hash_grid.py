@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from nerf_references import FIELD, recorded, relative_error, slow_hash_encode
 from torch import Tensor
 
 from imagedream_rt.engine.config import HashGridConfig
-from imagedream_rt.kernels import hash_grid
+from imagedream_rt.kernels import _hash_grid_kernels, hash_grid
+from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.hash_grid import grid_levels, hash_encode, hash_encode_jacobian
 
 
@@ -193,16 +195,13 @@ def test_examples() -> None:
 def everything(
     x: Tensor, table: Tensor, cotangents: tuple[Tensor, Tensor], levels: Any = LEVELS, **options: Any
 ) -> list[Tensor]:
-    """Value, Jacobian, the value alone, and the table's gradients through each and through both."""
+    """Value, Jacobian, the value alone, and the table's gradients through the first two and the last."""
     table = table.detach().requires_grad_()
     value, jacobian = hash_encode_jacobian(x, table, levels, **options)
     alone = hash_encode(x, table, levels, **options)
-    (by_value,) = torch.autograd.grad(value, table, cotangents[0], retain_graph=True)
-    (by_jacobian,) = torch.autograd.grad(jacobian, table, cotangents[1], retain_graph=True)
     (by_both,) = torch.autograd.grad((value, jacobian), table, cotangents)
     (by_alone,) = torch.autograd.grad(alone, table, cotangents[0])
-    found = (value, jacobian, alone, by_value, by_jacobian, by_both, by_alone)
-    return [tensor.detach() for tensor in found]
+    return [tensor.detach() for tensor in (value, jacobian, alone, by_both, by_alone)]
 
 
 def agree(got: list[Tensor], wanted: list[Tensor], bound: float = 1e-5) -> None:
@@ -230,6 +229,21 @@ def test_kernels_equal_reference(n: int, features: int, kernel_device: torch.dev
     agree(everything(*given, backend="triton"), everything(*given, backend="torch"))
 
 
+@pytest.mark.parametrize(("run", "pairs", "features"), [(1, True, 2), (2, False, 2), (3, True, 1)], ids=str)
+def test_neighbours_added_together(
+    run: int, pairs: bool, features: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, table, cotangents = case(70, features, kernel_device)
+    # A walk in small steps: several points in a cell, in each thread and across threads.
+    x[20:] = x[20] + 0.002 * torch.arange(50, device=kernel_device)[:, None]
+    launch = Launch.of(warps=1, POINTS=32, RUN=run)
+    monkeypatch.setattr(_hash_grid_kernels, "_TUNED", SimpleNamespace(choose=lambda *_: launch))
+    monkeypatch.setattr(_hash_grid_kernels, "adds_vectors", lambda _: pairs)
+    agree(
+        everything(x, table, cotangents, backend="triton"), everything(x, table, cotangents, backend="torch")
+    )
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
 def test_half_precision_look_ups(stored: torch.dtype, kernel_device: torch.device) -> None:
     x, table, cotangents = case(60, 2, kernel_device)
@@ -237,23 +251,30 @@ def test_half_precision_look_ups(stored: torch.dtype, kernel_device: torch.devic
     lookup = torch.float16 if stored == torch.float32 else None
     for backend in ("torch", "triton"):
         got = everything(x, table.to(stored), cotangents, lookup=lookup, backend=backend)
-        assert [tensor.dtype for tensor in got] == [torch.float32] * 3 + [stored] * 4
+        assert [tensor.dtype for tensor in got] == [torch.float32] * 3 + [stored] * 2
         agree(got[:3], rounded[:3])
         agree([tensor.float() for tensor in got[3:]], rounded[3:], 1e-5 if stored == torch.float32 else 1e-3)
 
 
 def test_strided_points_and_cotangents(kernel_device: torch.device) -> None:
     x, table, (by_value, by_jacobian) = case(67, 2, kernel_device)
-    wanted = everything(x, table, (by_value, by_jacobian), backend="torch")
     wide = torch.full((67, 8), torch.nan, device=kernel_device)
     wide[:, 1:7:2] = x
-    slopes = by_jacobian.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    for strided in (wide[:, 1:7:2], x.t().contiguous().t(), x.flip(0).flip(0)):
-        got = everything(strided, table, (by_value.t().contiguous().t(), slopes), backend="triton")
-        agree(got, wanted)
-    one = torch.ones((), device=kernel_device)
-    same = (one.expand_as(by_value), one.expand_as(by_jacobian))
-    agree(everything(x, table, same, backend="triton"), everything(x, table, same, backend="torch"))
+    strided = (by_value.t().contiguous().t(), by_jacobian.permute(2, 0, 1).contiguous().permute(1, 2, 0))
+    got = everything(wide[:, 1:7:2], table, strided, backend="triton")
+    agree(got, everything(x, table, (by_value, by_jacobian), backend="torch"))
+
+
+def test_gradient_through_the_jacobian_alone(kernel_device: torch.device) -> None:
+    x, table, (_, by_jacobian) = case(67, 2, kernel_device)
+    table.requires_grad_()
+    # A sum's cotangent is one number without strides.
+    for cotangent in (by_jacobian, torch.ones((), device=kernel_device).expand_as(by_jacobian)):
+        got, wanted = (
+            torch.autograd.grad(hash_encode_jacobian(x, table, LEVELS, backend=backend)[1], table, cotangent)
+            for backend in ("triton", "torch")
+        )
+        agree([*got], [*wanted])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -313,21 +334,22 @@ def test_kernels_train_a_table_through_its_normals(kernel_device: torch.device) 
 
 
 TENSORS = {"p_x": "*fp32", "p_levels": "*i32", "N": "i32", "stride_point": "i32", "stride_axis": "i32"}
-CONSTANTS = [{"LEVELS": 16, "F": 2, "POINTS": 128}]
+CONSTANTS = {"LEVELS": 16, "F": 2, "POINTS": 128}
 
 
 @pytest.mark.parametrize(("arch", "table"), [(80, "*fp16"), (90, "*fp32")], ids=str)
 def test_encode_kernel_builds_ahead_of_time(arch: int, table: str) -> None:
     arguments = {**TENSORS, "p_table": table, "p_value": "*fp32", "p_slope": "*fp32", "p_count": "*i32"}
-    compile_ahead("_hash_grid_kernels", "encode_kernel", arguments, CONSTANTS, arch)
+    compile_ahead("_hash_grid_kernels", "encode_kernel", arguments, [CONSTANTS], arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
 def test_scatter_kernel_builds_ahead_of_time(arch: int) -> None:
-    strides = ("value_row", "value_point", "slope_row", "slope_axis", "slope_point")
+    sizes = ("regions", "value_row", "value_point", "slope_row", "slope_axis", "slope_point")
     arguments = {**TENSORS, "p_grad": "*fp32", "p_value": "*fp32", "p_slope": "*fp32", "p_count": "*i32"}
-    arguments |= dict.fromkeys(strides, "i32")
-    compile_ahead("_hash_grid_kernels", "scatter_kernel", arguments, CONSTANTS, arch)
+    arguments |= dict.fromkeys(sizes, "i32")
+    constants = {**CONSTANTS, "RUN": 2, "PAIRS": arch >= 90}
+    compile_ahead("_hash_grid_kernels", "scatter_kernel", arguments, [constants], arch)
 
 
 OFFICIAL = levels_of(HashGridConfig())
@@ -347,6 +369,15 @@ def test_cuda_agrees_with_the_cpu() -> None:
     got = everything(x, table, cotangents)
     wanted = everything(x.cpu(), table.cpu(), (cotangents[0].cpu(), cotangents[1].cpu()))
     agree([tensor.cpu() for tensor in got], wanted)
+
+
+@pytest.mark.gpu
+def test_every_launch_adds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case(2**20 - 100, 2, torch.device("cuda"))
+    wanted = everything(*given, backend="torch")
+    for launch in _hash_grid_kernels._candidates(2, True, True, 20):
+        monkeypatch.setattr(_hash_grid_kernels, "_TUNED", SimpleNamespace(choose=lambda *_, one=launch: one))
+        agree(everything(*given), wanted)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from ..config import HashGridConfig
 from ..errors import InputError
 
 EncodingName = Literal["torch", "tinycudann"]
+"""``torch``: this package's own, by its Triton kernels on CUDA devices and plain PyTorch elsewhere."""
 
 Pullback = Callable[[Tensor], Tensor]
 """Made for N points: takes a gradient by their features [N, L F] to the gradient by the points [N, 3]."""
