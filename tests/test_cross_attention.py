@@ -136,7 +136,7 @@ def inputs_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def assert_kernel_equals_reference(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     inputs = inputs_of(shape, dtype, device)
-    exact = [None if x is None else leaf(x.detach(), torch.float64) for x in inputs]
+    exact: list[Any] = [None if x is None else leaf(x.detach(), torch.float64) for x in inputs]
     q, k_text, v_text, k_image, v_image = inputs
     out = decoupled_cross_attention(q, k_text, v_text, k_image, v_image, 0.7, backend="triton")
     q, k_text, v_text, k_image, v_image = exact
@@ -209,8 +209,8 @@ def test_kernel_reads_strides(kernel_device: torch.device) -> None:
 
 
 def test_reference_gradcheck() -> None:
-    inputs = inputs_of((2, 3, 1, 2, 1, 4, 2, 3), torch.float64, torch.device("cpu"))
-    assert torch.autograd.gradcheck(decoupled_cross_attention_reference, (*inputs, 0.7))
+    inputs = [*inputs_of((2, 3, 1, 2, 1, 4, 2, 3), torch.float64, torch.device("cpu")), 0.7]
+    assert torch.autograd.gradcheck(decoupled_cross_attention_reference, inputs)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -225,12 +225,12 @@ def test_kernel_builds_ahead_of_time(arch: int) -> None:
     numbers += [f"{keys}_stride_{axis}" for keys in ("text", "image") for axis in ("row", "key", "head")]
     for dtype, name, problems in (
         (torch.float16, "fp16", [(64, 77, 16), (128, 77, 257)]),
-        (torch.float32, "fp32", [(128, 77, 16)]),
+        (torch.float32, "fp32", [(128, 77, 16)]),  # the largest tiles
     ):
         builds: list[tuple[dict[str, int], Launch]] = [
             (cross_attention._constants(text, image, size, launch), launch)
             for size, text, image in problems
-            for launch in cross_attention._candidates(size, text, image, dtype)[:2]
+            for launch in cross_attention._candidates(size, text, image, dtype)[: 128 // size]
         ]
         compile_ahead(
             "cross_attention",
