@@ -31,7 +31,7 @@ HEAD_DIMS = (32, 64, 128)
 """Head sizes of the Triton kernels."""
 
 DTYPES = (torch.float16, torch.bfloat16)
-"""What the Triton kernels compute in, with sums in float32. In float32 SDPA is as fast as anything."""
+"""What the Triton kernels multiply in, with sums in float32; float32 itself is left to SDPA."""
 
 
 def multi_view_attention_reference(qkv: Tensor) -> Tensor:
