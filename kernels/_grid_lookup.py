@@ -12,10 +12,13 @@ come as a last axis behind it::
     value, dx, dy, dz = lookup_with_slopes(p_table, cell, fraction, level, m, F)  # each [BLOCK, LEVELS, F]
     features = tl.reshape(value, (BLOCK, LEVELS * F))  # level-major, as hash_encode orders them
 
-    scatter(p_grad, cell, fraction, level, m, g, (gx, gy, gz), F)  # or None in place of the three slopes
+    shares = corner_shares(fraction, level, g, (gx, gy, gz))  # or None in place of the three slopes
+    add_to_corners(p_grad, cell, level, m, shares, F, PAIRS)
 
-With one level in a program and one point to a thread (BLOCK = 32 times the warps) nothing moves between
+With one level at a time and one point to a thread (BLOCK = 32 times the warps) nothing moves between
 threads; otherwise layouts of look-ups, additions and results differ and pass through shared memory.
+Additions to the same entry wait for each other: neighbours in one cell had better be summed first, and
+programs that run at the same time be far apart, as ``_hash_grid_kernels.scatter_kernel`` does it.
 
 Coordinates are float32 in the unit cube, features and slopes float32 whatever the table is stored in, and
 slopes are derivatives by those coordinates. Cells and fractions are those of the plain PyTorch functions in
@@ -204,7 +207,7 @@ def corner_shares(fraction, level, g, slopes):
     shares = ()
     for corner in tl.static_range(8):
         share = _corner_share(fraction, level, g, slopes, corner & 1, corner >> 1 & 1, corner >> 2)
-        shares += (share,)
+        shares += (share,)  # type: ignore[assignment]
     return shares
 
 
@@ -243,9 +246,3 @@ def add_to_corners(p_grad, cell, level, m, shares, F: tl.constexpr, PAIRS: tl.co
             row = corner_row(cell, level, corner & 1, corner >> 1 & 1, corner >> 2)
             p_row = p_grad + _numbers(row, F)
             tl.atomic_add(p_row, shares[corner], mask=tl.expand_dims(m, -1), sem="relaxed")
-
-
-@jit
-def scatter(p_grad, cell, fraction, level, m, g, slopes, F: tl.constexpr, PAIRS: tl.constexpr = False):
-    """:func:`corner_shares` and :func:`add_to_corners` in one."""
-    add_to_corners(p_grad, cell, level, m, corner_shares(fraction, level, g, slopes), F, PAIRS)

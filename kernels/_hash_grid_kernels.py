@@ -121,7 +121,8 @@ def _sum_where(m, a, b):
     """b, plus a where ``m`` [POINTS]: tuples of [POINTS, F]."""
     sums = ()
     for number in tl.static_range(len(b)):
-        sums += (b[number] + tl.where(tl.expand_dims(m, -1), a[number], 0.0),)
+        more = tl.where(tl.expand_dims(m, -1), a[number], 0.0)
+        sums += (b[number] + more,)  # type: ignore[assignment]
     return sums
 
 
