@@ -77,10 +77,10 @@ def build_plan(
     options.check()
     check_file(onnx)
     about = read_metadata(onnx)
-    report = OnnxReport.read(onnx)
-    report.check_unchanged(onnx)
     if "component" not in about:
         raise InputError(f"{onnx} was not written by this program; {AGAIN}")
+    report = OnnxReport.read(onnx)
+    report.check_unchanged(onnx)
     batch = int(about["batch"])
     size = data_path(onnx).stat().st_size
     check_disk(onnx.parent, int(1.2 * size) + 64 * 2**20, f"the plan of {onnx.name}")

@@ -18,6 +18,8 @@ from .flavours import TensorRT, load_tensorrt, local_architecture, pick_flavour
 from .manifest import PlanManifest, check_plan, read_manifest
 from .onnx_graph import named_weight
 
+DEVICE = "cuda"
+
 
 class Workspace:
     """Activation memory and a stream that plans share. They run one after the other, so one buffer serves all.
@@ -27,7 +29,7 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.device = torch.device("cuda") if device is None else device
+        self.device = torch.device(DEVICE) if device is None else device
         self.stream = torch.cuda.Stream(self.device)
         self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -101,7 +103,7 @@ class Plan:
                 raise InputError(
                     f"{spec['name']} is {x.dtype} {list(x.shape)}; {self.path.name} takes {_dtype(spec)} {wanted}"
                 )
-            if not x.is_contiguous() or x.device.type != "cuda":
+            if not x.is_contiguous() or x.device.type != DEVICE:
                 raise InputError(f"{spec['name']} must be contiguous and on the GPU, where plans read it")
         return batch
 

@@ -1,4 +1,4 @@
-"""ONNX files: names, symbolic batch, metadata, weights by their checkpoint names, and the numbers of every controller."""
+"""ONNX files: names, symbolic batch, metadata, weights by their names, and the numbers of every controller."""
 
 from __future__ import annotations
 
