@@ -1,0 +1,351 @@
+"""The radiance field's two Triton kernels, each one pass over the points; see ``radiance_field`` for the formulas.
+
+A point's features and hidden units are never stored: the backward kernel computes them again.
+"""
+
+from __future__ import annotations
+
+from ._field_network import (
+    FACTOR,
+    blob,
+    exact_product,
+    features_and_slopes_at,
+    features_at,
+    load_field_levels,
+    load_inner,
+    load_outer,
+    load_vectors,
+    product,
+    softplus,
+    split,
+    transposed,
+    unit_cube,
+)
+from ._grid_lookup import add_to_corners, exists, locate
+from ._triton import jit, tl
+
+
+@jit
+def _blocks(p_count, n, BLOCK: tl.constexpr):
+    """The number of points, and this program's blocks of them: its first and the one behind its last.
+
+    Programs take neighbouring blocks, for the cache's sake, and are far from each other, so that they seldom
+    add to the same entry of the table at once.
+    """
+    if p_count is not None:
+        n = tl.minimum(n, tl.load(p_count))
+    blocks = tl.cdiv(n, BLOCK)
+    each = tl.cdiv(blocks, tl.num_programs(0))
+    first = tl.program_id(0) * each
+    return n, first, tl.minimum(first + each, blocks)
+
+
+@jit
+def _blob_slope(x, y, z, strength, radius):
+    """d blob / d point."""
+    square = x * x + y * y + z * z
+    factor = tl.where(square > 1e-24, -strength / radius * tl.rsqrt(tl.maximum(square, 1e-24)), 0.0)
+    return x * factor, y * factor, z * factor
+
+
+@jit
+def forward_kernel(
+    p_points,
+    p_table,
+    p_levels,
+    p_inner,
+    p_outer,
+    p_colour_inner,
+    p_colour_outer,
+    p_count,
+    p_sigma,
+    p_albedo,
+    p_normal,
+    p_inverse,
+    n,
+    strength,
+    radius,
+    LEVELS: tl.constexpr,
+    I: tl.constexpr,
+    H: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """p_albedo, p_normal: None for what is not asked for; p_inverse: 1 / |g| for the backward kernel, or None."""
+    WIDTH: tl.constexpr = 2 * LEVELS
+    level = load_field_levels(p_levels, LEVELS)
+    inner = load_inner(p_inner, H, I, HIDDEN, WIDTH)
+    outer = load_outer(p_outer, 0, H, HIDDEN)
+    through = split(outer[:, None] * inner)
+    inner = transposed(split(inner))
+    if p_albedo is not None:
+        colour_inner = transposed(split(load_inner(p_colour_inner, H, I, HIDDEN, WIDTH)))
+    n, block, behind = _blocks(p_count, n, BLOCK)
+    while block < behind:
+        o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x, y, z = load_vectors(p_points, o[:, None], (o < n)[:, None])
+        if p_normal is None:
+            features = features_at(p_table, x, y, z, level, BLOCK, LEVELS)
+        else:
+            features, by_x, by_y, by_z = features_and_slopes_at(p_table, x, y, z, level, BLOCK, LEVELS)
+        features = split(tl.reshape(features, (BLOCK, WIDTH)))
+        hidden = product(features, inner)
+        x, y, z = load_vectors(p_points, o, o < n)
+        raw = tl.sum(tl.maximum(hidden, 0.0) * outer[None, :], axis=1) + blob(x, y, z, strength, radius)
+        tl.store(p_sigma + o, softplus(raw), mask=o < n)
+        if p_normal is not None:
+            active = tl.where(hidden > 0.0, 1.0, 0.0).to(FACTOR)
+            slope = exact_product(active, through)
+            bx, by, bz = _blob_slope(x, y, z, strength, radius)
+            gx = 0.5 * tl.sum(slope * tl.reshape(by_x, (BLOCK, WIDTH)), axis=1) + bx
+            gy = 0.5 * tl.sum(slope * tl.reshape(by_y, (BLOCK, WIDTH)), axis=1) + by
+            gz = 0.5 * tl.sum(slope * tl.reshape(by_z, (BLOCK, WIDTH)), axis=1) + bz
+            square = gx * gx + gy * gy + gz * gz
+            inverse = tl.where(square > 1e-24, tl.rsqrt(tl.maximum(square, 1e-24)), 0.0)
+            tl.store(p_normal + o * 3, -gx * inverse, mask=o < n)
+            tl.store(p_normal + o * 3 + 1, -gy * inverse, mask=o < n)
+            tl.store(p_normal + o * 3 + 2, -gz * inverse, mask=o < n)
+            if p_inverse is not None:
+                tl.store(p_inverse + o, inverse, mask=o < n)
+        if p_albedo is not None:
+            hidden = tl.maximum(product(features, colour_inner), 0.0)
+            for channel in tl.static_range(3):
+                row = load_outer(p_colour_outer, channel, H, HIDDEN)
+                value = tl.sigmoid(tl.sum(hidden * row[None, :], axis=1))
+                tl.store(p_albedo + o * 3 + channel, value, mask=o < n)
+        block += 1
+
+
+@jit
+def _grad_raw(p_sigma, p_grad_sigma, o, m):
+    """Gradient by the density before its softplus, of the shape of ``o``."""
+    sigma = tl.load(p_sigma + o, mask=m, other=0.0)
+    # 1 - exp(-softplus(raw)) = sigmoid(raw)
+    part = tl.where(sigma < 0.01, sigma * (1.0 - sigma * (0.5 - sigma / 6.0)), 1.0 - tl.exp(-sigma))
+    return tl.load(p_grad_sigma + o, mask=m, other=0.0) * part
+
+
+@jit
+def _grad_slope(p_normal, p_grad_normal, p_inverse, o, m):
+    """Gradient by the features' share of g, sum_f s_f J_f in the unit cube: three of the shape of ``o``."""
+    nx, ny, nz = load_vectors(p_normal, o, m)
+    gx, gy, gz = load_vectors(p_grad_normal, o, m)
+    along = nx * gx + ny * gy + nz * gz
+    factor = 0.5 * tl.load(p_inverse + o, mask=m, other=0.0)
+    return (along * nx - gx) * factor, (along * ny - gy) * factor, (along * nz - gz) * factor
+
+
+@jit
+def _share(fraction, g, s, slope, X: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr):
+    wx = fraction[0] if X else 1.0 - fraction[0]
+    wy = fraction[1] if Y else 1.0 - fraction[1]
+    wz = fraction[2] if Z else 1.0 - fraction[2]
+    share = tl.expand_dims(wx * wy * wz, -1) * g
+    if slope is not None:
+        along = (slope[0] if X else -slope[0]) * (wy * wz)
+        along += (slope[1] if Y else -slope[1]) * (wx * wz)
+        along += (slope[2] if Z else -slope[2]) * (wx * wy)
+        share += tl.expand_dims(along, -1) * s
+    return share
+
+
+@jit
+def _shares(point, slope, g, s, level):
+    """Cells of points, and the gradients by the entries of their eight corners: g, s [*S, 2] belong to the
+    features' values and, along ``slope``, three of [*S], to their differences."""
+    cell, fraction = locate(point[0], point[1], point[2], level)
+    if slope is not None:
+        slope = (level[0] * slope[0], level[0] * slope[1], level[0] * slope[2])
+    shares = ()
+    for corner in tl.static_range(8):
+        shares = shares + (_share(fraction, g, s, slope, corner & 1, corner >> 1 & 1, corner >> 2),)
+    return cell, shares
+
+
+@jit
+def _sum_where(m, a, b):
+    """b, plus a where ``m`` [*S]: tuples of [*S, 2]."""
+    sums = ()
+    for corner in tl.static_range(8):
+        sums = sums + (b[corner] + tl.where(tl.expand_dims(m, -1), a[corner], 0.0),)
+    return sums
+
+
+@jit
+def _runs(x, GROUPS: tl.constexpr, RUN: tl.constexpr, LEVELS: tl.constexpr):
+    """Rows g RUN + j of x [GROUPS RUN, 2 LEVELS] for each j: a tuple of [GROUPS, LEVELS, 2]."""
+    x = tl.permute(tl.reshape(x, (GROUPS, RUN, LEVELS, 2)), (0, 2, 3, 1))
+    runs = (x,)
+    for step in tl.static_range(3):
+        if (RUN >> step) > 1:
+            even = ()
+            odd = ()
+            for i in tl.static_range(1 << step):
+                a, b = tl.split(tl.reshape(runs[i], (GROUPS, LEVELS, 2, RUN >> (step + 1), 2)))
+                even = even + (a,)
+                odd = odd + (b,)
+            runs = even + odd
+    flat = ()
+    for i in tl.static_range(RUN):
+        flat = flat + (tl.reshape(runs[i], (GROUPS, LEVELS, 2)),)
+    return flat
+
+
+@jit
+def _point_again(p_points, o, m):
+    """A point of the unit cube. Volatile: what was computed for the look-up is computed again, rather than kept
+    in registers meanwhile."""
+    x = tl.load(p_points + o * 3, mask=m, other=0.0, volatile=True)
+    y = tl.load(p_points + o * 3 + 1, mask=m, other=0.0, volatile=True)
+    z = tl.load(p_points + o * 3 + 2, mask=m, other=0.0, volatile=True)
+    return unit_cube(x), unit_cube(y), unit_cube(z)
+
+
+@jit
+def _scatter(
+    p_points,
+    p_normal,
+    p_grad_normal,
+    p_inverse,
+    p_grad_table,
+    g,
+    s,
+    o_run,
+    n,
+    level,
+    GROUPS: tl.constexpr,
+    RUN: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Add both orders to the table's gradient, for neighbours in the same cell together."""
+    g, s = _runs(g, GROUPS, RUN, LEVELS), _runs(s, GROUPS, RUN, LEVELS)
+    slope = None
+    for j in tl.static_range(RUN):
+        o = o_run + j
+        point = _point_again(p_points, o, o < n)
+        if p_grad_normal is not None:
+            slope = _grad_slope(p_normal, p_grad_normal, p_inverse, o, o < n)
+        cell_next, shares_next = _shares(point, slope, g[j], s[j], level)
+        m_next = (o < n) & exists(level)
+        if j > 0:
+            same = m_next & (cell[0] == cell_next[0]) & (cell[1] == cell_next[1]) & (cell[2] == cell_next[2])
+            add_to_corners(p_grad_table, cell, level, m & ~same, shares, 2, PAIRS)
+            shares_next = _sum_where(same, shares, shares_next)
+        cell, m, shares = cell_next, m_next, shares_next
+    add_to_corners(p_grad_table, cell, level, m, shares, 2, PAIRS)
+
+
+@jit
+def backward_kernel(
+    p_points,
+    p_table,
+    p_levels,
+    p_inner,
+    p_outer,
+    p_colour_inner,
+    p_colour_outer,
+    p_count,
+    p_sigma,
+    p_albedo,
+    p_normal,
+    p_inverse,
+    p_grad_sigma,
+    p_grad_albedo,
+    p_grad_normal,
+    p_grad_table,
+    p_grad_inner,
+    p_grad_outer,
+    p_grad_colour_inner,
+    p_grad_colour_outer,
+    n,
+    LEVELS: tl.constexpr,
+    I: tl.constexpr,
+    H: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RUN: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """p_grad_sigma, p_grad_albedo, p_grad_normal: None for outputs that the loss does not use."""
+    BLOCK: tl.constexpr = GROUPS * RUN
+    WIDTH: tl.constexpr = 2 * LEVELS
+    level = load_field_levels(p_levels, LEVELS)
+    inner = load_inner(p_inner, H, I, HIDDEN, WIDTH)
+    through = split(load_outer(p_outer, 0, H, HIDDEN)[:, None] * inner)
+    inner = transposed(split(inner))
+    both_orders = tl.zeros((HIDDEN, WIDTH), tl.float32)
+    if p_grad_albedo is not None:
+        colour_inner = split(load_inner(p_colour_inner, H, I, HIDDEN, WIDTH))
+        grad_colour_inner = tl.zeros((HIDDEN, WIDTH), tl.float32)
+        grad_colour_outer = tl.zeros((HIDDEN, 16), tl.float32)
+    n, block, behind = _blocks(p_count, n, BLOCK)
+    while block < behind:
+        o = (block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+        m = o < n
+        x, y, z = load_vectors(p_points, o, m)
+        if p_grad_normal is None:
+            features = features_at(p_table, x, y, z, level, BLOCK, LEVELS)
+            second = tl.zeros((BLOCK, WIDTH), tl.float32)
+        else:
+            slope = _grad_slope(p_normal, p_grad_normal, p_inverse, o, m)
+            features, by_x, by_y, by_z = features_and_slopes_at(p_table, x, y, z, level, BLOCK, LEVELS)
+            second = slope[0][:, :, None] * by_x + slope[1][:, :, None] * by_y + slope[2][:, :, None] * by_z
+            second = tl.reshape(second, (BLOCK, WIDTH))
+        features = tl.reshape(features, (BLOCK, WIDTH))
+        if p_grad_sigma is not None:
+            second += _grad_raw(p_sigma, p_grad_sigma, o, m) * features
+        features, second = split(features), split(second)
+        active = tl.where(product(features, inner) > 0.0, 1.0, 0.0).to(FACTOR)
+        both_orders = exact_product(tl.trans(active), second, both_orders)
+        s = exact_product(active, through)
+        if p_grad_sigma is not None:
+            g = _grad_raw(p_sigma, p_grad_sigma, o, m) * s
+        else:
+            g = tl.zeros((BLOCK, WIDTH), tl.float32)
+        if p_grad_albedo is not None:
+            hidden = product(features, transposed(colour_inner))
+            grad_hidden = tl.zeros((BLOCK, HIDDEN), tl.float32)
+            grad_out = tl.zeros((BLOCK, 16), tl.float32)
+            for channel in tl.static_range(3):
+                albedo = tl.load(p_albedo + o * 3 + channel, mask=m, other=0.0)
+                grad = tl.load(p_grad_albedo + o * 3 + channel, mask=m, other=0.0) * albedo * (1.0 - albedo)
+                grad_hidden += grad * load_outer(p_colour_outer, channel, H, HIDDEN)[None, :]
+                grad_out = tl.where(tl.arange(0, 16)[None, :] == channel, grad, grad_out)
+            grad_hidden = split(tl.where(hidden > 0.0, grad_hidden, 0.0))
+            hidden = transposed(split(tl.maximum(hidden, 0.0)))
+            grad_colour_outer = product(hidden, split(grad_out), grad_colour_outer)
+            grad_colour_inner = product(transposed(grad_hidden), features, grad_colour_inner)
+            g = product(grad_hidden, colour_inner, g)
+        o_run = (block.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]) * RUN
+        _scatter(
+            p_points,
+            p_normal,
+            p_grad_normal,
+            p_inverse,
+            p_grad_table,
+            g,
+            s,
+            o_run,
+            n,
+            level,
+            GROUPS,
+            RUN,
+            LEVELS,
+            PAIRS,
+        )
+        block += 1
+
+    o_hidden, o_feature = tl.arange(0, HIDDEN)[:, None], tl.arange(0, WIDTH)[None, :]
+    m = (o_hidden < H) & (o_feature < I)
+    outer = load_outer(p_outer, 0, H, HIDDEN)[:, None]
+    tl.atomic_add(p_grad_inner + o_hidden * I + o_feature, both_orders * outer, mask=m, sem="relaxed")
+    grad = tl.sum(both_orders * load_inner(p_inner, H, I, HIDDEN, WIDTH), axis=1)
+    tl.atomic_add(p_grad_outer + tl.arange(0, HIDDEN), grad, mask=tl.arange(0, HIDDEN) < H, sem="relaxed")
+    if p_grad_albedo is not None:
+        tl.atomic_add(
+            p_grad_colour_inner + o_hidden * I + o_feature, grad_colour_inner, mask=m, sem="relaxed"
+        )
+        channel = tl.arange(0, 16)[None, :]
+        p_grad = p_grad_colour_outer + channel * H + o_hidden
+        tl.atomic_add(p_grad, grad_colour_outer, mask=(channel < 3) & (o_hidden < H), sem="relaxed")

@@ -1,0 +1,384 @@
+"""The radiance field at points: hash grid, two perceptrons, density bias, activations and analytic normal.
+
+With h = hash_encode((x + 1) / 2) and bias-free perceptrons of one hidden ReLU layer,
+
+    raw    = w2 . relu(W1 h) + strength (1 - |x| / radius),   sigma  = softplus(raw)
+    albedo = sigmoid(V2 relu(V1 h)),                          normal = -g / |g| with g = d raw / d x
+
+and, J_f being the slope of feature f in the unit cube (half as wide as the box that x lies in),
+
+    s = d raw / d h = W1^T (w2 * [W1 h > 0]),                 g = 1/2 sum_f s_f J_f - strength / radius x / |x|.
+
+Source: ImageDream's released fusion configuration (threestudio's implicit volume with a "magic3d" density
+bias), after Lin et al. 2022, "Magic3D".
+
+The loss reaches the parameters through sigma, albedo and normal. A ReLU has no curvature, so the normal's
+gradient dg acts through ds = 1/2 J dg and dJ_f = 1/2 s_f dg alone: W1 and w2 see a second input ds beside h,
+and the table gets, at each corner of weight w_c, the sum of both orders in one addition,
+w_c dh_f + 1/2 s_f (grad w_c . dg). There is no gradient by x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ._field_kernels import backward_kernel, forward_kernel
+from ._field_network import count_levels, field_levels
+from ._grid_lookup import MOST_NUMBERS, GridLevel, adds_vectors
+from ._triton import KernelBackend, use_triton
+from ._tuning import Launch
+from .hash_grid import hash_encode, hash_encode_jacobian
+from .perceptron import perceptron, perceptron_slope
+
+FORWARD = Launch.of(BLOCK=64, warps=4, stages=1)
+BACKWARD = Launch.of(GROUPS=16, RUN=4, warps=4, stages=1)
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4
+"""Programs on each multiprocessor, at least as many as fit."""
+
+MOST_HIDDEN = 128
+
+Weights = tuple[Tensor, Tensor]
+"""A perceptron's matrices: inner [H, I] and outer [O, H]."""
+
+Pullback = Callable[[Tensor], Tensor]
+"""Made for N points: takes a gradient by their features [N, I] to the gradient by the unit cube [N, 3]."""
+
+
+class FieldValues(NamedTuple):
+    """What a field is at N points: density [N], albedo [N, 3] in [0, 1], unit normal [N, 3] or None."""
+
+    sigma: Tensor
+    albedo: Tensor
+    normal: Tensor | None
+
+
+def unit_cube(points: Tensor) -> Tensor:
+    """Points of the box [-1, 1]^3 in the unit cube of the hash grid."""
+    return (points + 1.0) / 2.0
+
+
+def length(vectors: Tensor) -> Tensor:
+    """[N, 3] -> [N, 1]. Sums columns: a reduction along rows of three runs ten times slower."""
+    x, y, z = vectors.unbind(1)
+    return (x * x + y * y + z * z).sqrt()[:, None]
+
+
+def normalise(vectors: Tensor) -> Tensor:
+    """Unit vectors [N, 3] of vectors [N, 3]; zero, with zero gradient, for the zero vector."""
+    x, y, z = vectors.unbind(1)
+    return vectors * (x * x + y * y + z * z).clamp_min(1e-24).rsqrt()[:, None]
+
+
+def evaluate(
+    points: Tensor,
+    features: Tensor,
+    pullback: Pullback | None,
+    density: Weights,
+    colour: Weights,
+    blob_strength: float,
+    blob_radius: float,
+) -> FieldValues:
+    """The field from the features [N, I] at points [N, 3]; with its normal if there is a pullback, which the
+    caller made for the same points. Plain PyTorch, differentiable in the features and all weights."""
+    bias = blob_strength * (1.0 - length(points)[:, 0] / blob_radius)
+    normal = None
+    if pullback is None:
+        raw = perceptron(features, *density)
+    else:
+        raw, feature_slope = perceptron_slope(features, *density)
+        # The unit cube is half as wide as the box: d unit / d point = 1 / 2.
+        slope = 0.5 * pullback(feature_slope) - normalise(points) * (blob_strength / blob_radius)
+        # Softplus scales the slope by a positive number, which the direction does not see.
+        normal = normalise(-slope)
+    sigma = nn.functional.softplus(raw[:, 0] + bias)
+    return FieldValues(sigma, torch.sigmoid(perceptron(features, *colour)), normal)
+
+
+def radiance_field_reference(
+    points: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    density: Weights,
+    colour: Weights,
+    *,
+    blob_strength: float = 10.0,
+    blob_radius: float = 0.5,
+    with_normal: bool = True,
+) -> FieldValues:
+    """:func:`radiance_field` in plain PyTorch, in float32 or float64."""
+    bias = blob_strength, blob_radius
+    if not with_normal:
+        features = hash_encode(unit_cube(points), table, levels, backend="torch")
+        return evaluate(points, features, None, density, colour, *bias)
+    features, jacobian = hash_encode_jacobian(unit_cube(points), table, levels, backend="torch")
+    # [I, 3, N]: the contiguous memory behind the view, so that the sum below runs along it.
+    slopes = jacobian.permute(1, 2, 0)
+
+    def pullback(grad: Tensor) -> Tensor:
+        return (grad.t()[:, None] * slopes).sum(0).t()
+
+    return evaluate(points, features, pullback, density, colour, *bias)
+
+
+def radiance_density_reference(
+    points: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    density: Weights,
+    *,
+    blob_strength: float = 10.0,
+    blob_radius: float = 0.5,
+) -> Tensor:
+    """:func:`radiance_density` in plain PyTorch, in float32 or float64."""
+    raw = perceptron(hash_encode(unit_cube(points), table, levels, backend="torch"), *density)
+    return nn.functional.softplus(raw[:, 0] + blob_strength * (1.0 - length(points)[:, 0] / blob_radius))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a call's kernels need beside tensors."""
+
+    levels: tuple[GridLevel, ...]
+    blob_strength: float
+    blob_radius: float
+    lookup: torch.dtype
+
+    def constants(self, inner: Tensor) -> dict[str, int]:
+        hidden, features = inner.shape
+        padded = max(16, 1 << (hidden - 1).bit_length())
+        return {"LEVELS": count_levels(self.levels), "I": features, "H": hidden, "HIDDEN": padded}
+
+
+def _programs(points: Tensor, block: int, per_processor: int) -> int:
+    """As many programs as run at once: each goes over its share of the blocks."""
+    blocks = -(-len(points) // block)
+    if not points.is_cuda:
+        return min(blocks, 3)
+    return min(blocks, per_processor * torch.cuda.get_device_properties(points.device).multi_processor_count)
+
+
+class _RadianceField(torch.autograd.Function):
+    """points [N, 3], table [P, 2], four matrices -> sigma [N], albedo [N, 3], normal [N, 3] or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        points: Tensor,
+        table: Tensor,
+        inner: Tensor,
+        outer: Tensor,
+        colour_inner: Tensor,
+        colour_outer: Tensor,
+        count: Tensor | None,
+        settings: _Settings,
+        with_normal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        entries = table.to(settings.lookup)
+        weights = (inner, outer, colour_inner, colour_outer)
+        sigma, albedo = points.new_empty(len(points)), torch.empty_like(points)
+        normal = torch.empty_like(points) if with_normal else None
+        inverse = torch.empty_like(sigma) if with_normal and any(ctx.needs_input_grad) else None
+        _launch_forward(points, entries, weights, count, settings, (sigma, albedo, normal, inverse))
+        ctx.save_for_backward(points, entries, *weights, count, sigma, albedo, normal, inverse)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return sigma, albedo, normal
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        grads = _launch_backward(ctx.saved_tensors, upstream, ctx.settings)
+        return None, *grads, None, None, None
+
+
+def _launch_forward(
+    points: Tensor,
+    entries: Tensor,
+    weights: Sequence[Tensor | None],
+    count: Tensor | None,
+    settings: _Settings,
+    results: Sequence[Tensor | None],
+    launch: Launch = FORWARD,
+) -> None:
+    if not len(points):
+        return
+    inner = weights[0]
+    assert inner is not None
+    parameters = field_levels(settings.levels, points.device)
+    bias = settings.blob_strength, settings.blob_radius
+    forward_kernel[(_programs(points, launch["BLOCK"], FORWARD_PROGRAMS),)](
+        *(points, entries, parameters, *weights, count, *results, len(points), *bias),
+        **settings.constants(inner),
+        **launch.options,
+    )
+
+
+def _launch_backward(
+    saved: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    settings: _Settings,
+    launch: Launch = BACKWARD,
+) -> tuple[Tensor | None, ...]:
+    """Gradients by the table and the four matrices; None for a colour without a gradient."""
+    points, entries, inner, *others = saved
+    assert points is not None
+    assert entries is not None
+    assert inner is not None
+    weights = (inner, *others[:3])
+    upstream = [None if grad is None else grad.contiguous() for grad in upstream]
+    grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (entries, *weights)]
+    if upstream[1] is None:
+        grads[3:] = [None, None]
+    if len(points):
+        parameters = field_levels(settings.levels, points.device)
+        block = launch["GROUPS"] * launch["RUN"]
+        backward_kernel[(_programs(points, block, BACKWARD_PROGRAMS),)](
+            *(points, entries, parameters, *weights, *others[3:], *upstream, *grads, len(points)),
+            **settings.constants(inner),
+            PAIRS=adds_vectors(points.device),
+            **launch.options,
+        )
+    return tuple(grads)
+
+
+def _check(
+    points: Tensor, table: Tensor, levels: Sequence[GridLevel], nets: dict[str, Weights], count: Tensor | None
+) -> None:
+    if points.dim() != 2 or points.shape[1] != 3:
+        raise ValueError(f"points have shape {tuple(points.shape)}; they must be [N, 3]")
+    rows = levels[-1].offset + levels[-1].entries
+    if table.dim() != 2 or table.shape[0] != rows:
+        raise ValueError(f"table has shape {tuple(table.shape)}; these levels need [{rows}, features]")
+    features = len(levels) * table.shape[1]
+    for name, (inner, outer) in nets.items():
+        wanted = (inner.shape[0], features), (1 if name == "density" else 3, inner.shape[0])
+        if (tuple(inner.shape), tuple(outer.shape)) != wanted:
+            raise ValueError(
+                f"{name} has matrices {tuple(inner.shape)} and {tuple(outer.shape)}; for {features} features they"
+                f" must be {wanted[0]} and {wanted[1]}"
+            )
+    if points.requires_grad and torch.is_grad_enabled():
+        raise ValueError("points require a gradient, which is not provided: detach them")
+    if count is not None and (count.shape != (1,) or count.dtype != torch.int32):
+        raise ValueError(f"count is {count.dtype} {tuple(count.shape)}; it must be int32 [1]")
+
+
+def _takes_kernel(backend: KernelBackend, points: Tensor, table: Tensor, *weights: Tensor) -> bool:
+    known = table.shape[1] == 2 and table.numel() < MOST_NUMBERS and weights[0].shape[0] <= MOST_HIDDEN
+    if backend == "triton" and not known:
+        raise ValueError(
+            f"backend 'triton' takes two features, fewer than 2^31 numbers in the table and at most {MOST_HIDDEN}"
+            f" hidden units; the table is {tuple(table.shape)}, inner {tuple(weights[0].shape)}"
+        )
+    return use_triton(backend, points, table, *weights, dtypes=(torch.float32,)) and known
+
+
+def _settings(
+    table: Tensor, levels: Sequence[GridLevel], strength: float, radius: float, lookup: torch.dtype | None
+) -> _Settings:
+    return _Settings(tuple(levels), strength, radius, lookup or table.dtype)
+
+
+def radiance_field(
+    points: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    density: Weights,
+    colour: Weights,
+    *,
+    blob_strength: float = 10.0,
+    blob_radius: float = 0.5,
+    with_normal: bool = True,
+    lookup: torch.dtype | None = None,
+    count: Tensor | None = None,
+    backend: KernelBackend = "auto",
+) -> FieldValues:
+    """Density [N], albedo [N, 3] and, if asked for, unit normal [N, 3] at points [N, 3] of the box [-1, 1]^3.
+
+    table [P, F] with ``levels`` from :func:`~.hash_grid.grid_levels`; ``density`` is inner [H, L F] and outer
+    [1, H], ``colour`` [H, L F] and [3, H]. Differentiable once in the table and the matrices, through all three
+    results. Density is per scene unit; a normal points out of the matter and is zero, with zero gradient, where
+    the density has no slope.
+
+    ``lookup`` (float16 or bfloat16) makes the kernel read a copy of the table rounded for this call, which
+    halves the memory traffic; plain PyTorch reads the table as it is. With ``count``, int32 [1] on the same
+    device, only the first ``count`` points are evaluated: rows behind them are undefined and their gradients
+    ignored, and the host never waits for it. The kernels need float32, two features and at most 128 hidden units;
+    anything else is computed by plain PyTorch. Their gradients are summed in any order: the last bits differ
+    from run to run.
+
+    Raises ``ValueError`` for shapes that do not fit, and if the points require a gradient.
+
+    >>> from imagedream_rt.kernels.hash_grid import grid_levels
+    >>> levels = grid_levels(1, 9, 2, 1.0)
+    >>> nets = [(torch.zeros(4, 2), torch.zeros(outputs, 4)) for outputs in (1, 3)]
+    >>> values = radiance_field(torch.tensor([[0.5, 0.0, 0.0]]), torch.zeros(8, 2), levels, *nets)
+    >>> values.albedo.tolist(), values.normal.tolist()
+    ([[0.5, 0.5, 0.5]], [[1.0, 0.0, 0.0]])
+    """
+    _check(points, table, levels, {"density": density, "colour": colour}, count)
+    if _takes_kernel(backend, points, table, *density, *colour):
+        settings = _settings(table, levels, blob_strength, blob_radius, lookup)
+        weights = [matrix.contiguous() for matrix in (*density, *colour)]
+        found = _RadianceField.apply(
+            points.contiguous(), table.contiguous(), *weights, count, settings, with_normal
+        )
+        return FieldValues(*found)
+    bias = {"blob_strength": blob_strength, "blob_radius": blob_radius}
+    points, valid = _first(points, count)
+    found = radiance_field_reference(points, table, levels, density, colour, **bias, with_normal=with_normal)
+    if valid is None:
+        return found
+    sigma, albedo, normal = found
+    return FieldValues(
+        sigma.where(valid, 0.0),
+        albedo.where(valid[:, None], 0.0),
+        None if normal is None else normal.where(valid[:, None], 0.0),
+    )
+
+
+def radiance_density(
+    points: Tensor,
+    table: Tensor,
+    levels: Sequence[GridLevel],
+    density: Weights,
+    *,
+    blob_strength: float = 10.0,
+    blob_radius: float = 0.5,
+    lookup: torch.dtype | None = None,
+    count: Tensor | None = None,
+    backend: KernelBackend = "auto",
+) -> Tensor:
+    """The density [N] alone, without a gradient from the kernel; arguments as of :func:`radiance_field`.
+
+    For occupancy and pruning. Where a gradient is needed plain PyTorch computes it.
+    """
+    _check(points, table, levels, {"density": density}, count)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (table, *density))
+    if learns and backend == "triton":
+        raise ValueError("the density alone has no gradient by backend 'triton': use radiance_field")
+    if not learns and _takes_kernel(backend, points, table, *density):
+        settings = _settings(table, levels, blob_strength, blob_radius, lookup)
+        sigma = points.new_empty(len(points))
+        weights = (*(matrix.contiguous() for matrix in density), None, None)
+        entries = table.to(settings.lookup).contiguous()
+        _launch_forward(points.contiguous(), entries, weights, count, settings, (sigma, None, None, None))
+        return sigma
+    bias = {"blob_strength": blob_strength, "blob_radius": blob_radius}
+    points, valid = _first(points, count)
+    sigma = radiance_density_reference(points, table, levels, density, **bias)
+    return sigma if valid is None else sigma.where(valid, 0.0)
+
+
+def _first(points: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The points, the origin behind the first ``count`` of them, and a mask [N] of those."""
+    if count is None:
+        return points, None
+    valid = torch.arange(len(points), device=points.device) < count
+    return points.where(valid[:, None], 0.0), valid
