@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -142,6 +143,28 @@ def verify(
     else:
         print("\n".join(report.lines()))
     report.raise_if_failed()
+
+
+def bench_export(
+    folder: Annotated[Path, typer.Argument(help="What export wrote: a folder.")],
+    component: Annotated[str, typer.Option(help="Which component to time.")] = "unet",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The checkpoint, if it has moved since.", show_default=False),
+    ] = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Latency of PyTorch, onnxruntime and TensorRT in one run, whichever are there; bench.json is a report to send."""
+    out = sys.stdout
+    with work(debug):
+        from ..benchmarks.export import run as measure
+
+        report = measure(
+            folder, component, model, None if as_json else lambda row: print(row.line(), file=out, flush=True)
+        )
+    if as_json:
+        print_json(report)
 
 
 def _words(text: str | None) -> tuple[str, ...]:

@@ -115,17 +115,7 @@ def check_numerics(
     total = 2 * len(cases) + 1
     done = _Counter(total, on_step)
     wanted = reference(component, [inputs for _, inputs in cases], done)
-    widened = dtype == torch.bfloat16
-    reports = []
-    with _runnable(path, widened) as run:
-        for (name, inputs), expected in zip(cases, wanted, strict=True):
-            found = run([x.float() if widened and x.is_floating_point() else x for x in inputs])
-            errors = {
-                spec.name: relative_l2(a, b)
-                for spec, a, b in zip(component.outputs, found, expected, strict=True)
-            }
-            reports.append(CaseReport(name, len(inputs[0]), errors))
-            done()
+    reports = _compare(component, path, cases, wanted, done)
     bound = BOUNDS[dtype]
     for report in reports:
         for output, error in report.error.items():
@@ -136,9 +126,29 @@ def check_numerics(
                 )
     peak, tensor = _peak(path, [inputs for _, inputs in cases]) if dtype == torch.float16 else (None, None)
     done()
-    return CheckReport(
-        bound, tuple(reports), peak, tensor, version("onnxruntime", "onnxruntime-gpu"), widened
-    )
+    runtime = version("onnxruntime", "onnxruntime-gpu")
+    return CheckReport(bound, tuple(reports), peak, tensor, runtime, dtype == torch.bfloat16)
+
+
+def _compare(
+    component: Component,
+    path: Path,
+    cases: Sequence[tuple[str, tuple[Tensor, ...]]],
+    wanted: Sequence[tuple[Tensor, ...]],
+    done: Callable[[], None],
+) -> list[CaseReport]:
+    widened = component.dtype == torch.bfloat16
+    reports = []
+    with _runnable(path, widened) as run:
+        for (name, inputs), expected in zip(cases, wanted, strict=True):
+            found = run([x.float() if widened and x.is_floating_point() else x for x in inputs])
+            errors = {
+                spec.name: relative_l2(a, b)
+                for spec, a, b in zip(component.outputs, found, expected, strict=True)
+            }
+            reports.append(CaseReport(name, len(inputs[0]), errors))
+            done()
+    return reports
 
 
 def _mend(dtype: torch.dtype) -> str:
@@ -199,6 +209,9 @@ def session(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     ort = require("onnxruntime", "export", "to check exported files")
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # Memory goes back at once: attention alone takes gigabytes here, where nothing fuses it.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         opened = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -219,8 +232,10 @@ def _peak(path: Path, batches: Sequence[Sequence[Tensor]]) -> tuple[float, str]:
     with peaks_model(path) as (probe, names):
         run = session(probe)
         highest = [0.0] * len(names)
-        for inputs in batches:
-            values = run(inputs)[-len(names) :]
+        for row in (
+            tuple(x[at : at + 1] for x in inputs) for inputs in batches for at in range(len(inputs[0]))
+        ):
+            values = run(row)[-len(names) :]
             # An infinite tensor breeds NaN: for a maximum both count as infinite.
             highest = [
                 max(peak, math.inf if math.isnan(value) else value)

@@ -158,9 +158,13 @@ def fold_weights(model: Any) -> None:
 def _weights_hidden(graph: Any) -> Iterator[None]:
     """Take the values off the weights for a while: PyTorch's optimizer would merge equal ones, such as two biases of
     zeros, and a refit could no longer tell them apart."""
-    held = {name: value.const_value for name, value in graph.initializers.items()}
-    for value in graph.initializers.values():
-        value.const_value = None
+    held = {
+        name: value.const_value
+        for name, value in graph.initializers.items()
+        if value.const_value.dtype.is_floating_point()
+    }
+    for name in held:
+        graph.initializers[name].const_value = None
     try:
         yield
     finally:
@@ -188,8 +192,9 @@ def _widened(tensor: Any, name: str) -> Any:
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by the names that graphs have for them."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """Parameters and floating buffers, by the names that graphs have for them."""
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in held.items() if tensor.is_floating_point()}
 
 
 def parameter_of(name: str) -> tuple[str, bool]:
@@ -247,12 +252,14 @@ def _causal_mask(rows: int, columns: int) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's advice is for those who wrote the model."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

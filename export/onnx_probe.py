@@ -33,13 +33,15 @@ def peaks_model(path: Path) -> Iterator[tuple[Path, list[str]]]:
         for output in () if node.op_type in _MOVES else node.output:
             if known.get(output) != types.FLOAT16:
                 continue
-            wide, size, peak = (f"{output} {word}" for word in ("wide", "size", "peak"))
+            # Only scalars are made of a tensor here: some of them take gigabytes.
+            wide, least, most, ends = (f"{output} {word}" for word in ("wide", "least", "most", "ends"))
             names.append(PEAK + output)
             added += [
                 helper.make_node("Cast", [output], [wide], to=types.FLOAT),
-                helper.make_node("Abs", [wide], [size]),
-                helper.make_node("ReduceMax", [size], [peak], keepdims=0),
-                helper.make_node("Identity", [peak], [names[-1]]),
+                helper.make_node("ReduceMin", [wide], [least], keepdims=0),
+                helper.make_node("ReduceMax", [wide], [most], keepdims=0),
+                helper.make_node("Neg", [least], [ends]),
+                helper.make_node("Max", [ends, most], [names[-1]]),
             ]
     graph.node.extend(added)
     graph.output.extend(helper.make_tensor_value_info(name, types.FLOAT, []) for name in names)
