@@ -87,13 +87,18 @@ class CapturedDistillation:
         """What will be behind the object in the step whose row was written."""
         if draws.background is not None:
             return draws.background
-        return self.state.background(self._inputs.cameras.rays(stage.resolution).directions)
+        return self.state.background(self.inputs.cameras.rays(stage.resolution).directions)
+
+    def sample_counts(self) -> tuple[int, int]:
+        """The most candidates and samples since the last look. Waits for the device."""
+        candidates, kept = self._most_found.tolist()
+        return candidates, kept
 
     def _enter(self, stage: Stage) -> None:
         self._stage = stage
         width, device = row_width(stage.views), self.state.device
         self._row = torch.zeros(width, device=device)
-        self._inputs = unpack(self._row, stage.views)
+        self.inputs = unpack(self._row, stage.views)
         pinned = device.type == "cuda"
         # As many rows as there are steps between two looks, at which the host waits for the device: no row is
         # written again before it was read.
@@ -104,7 +109,7 @@ class CapturedDistillation:
     def _count_samples(self) -> tuple[int, int]:
         """Samples of the step whose row was written, before any capacity. Waits for the device."""
         assert self._stage is not None
-        rays = self._inputs.cameras.rays(self._stage.resolution)
+        rays = self.inputs.cameras.rays(self._stage.resolution)
         state = self.state
         _, found = sample_rays_within(
             Capacity(MOST_CANDIDATES, self.config.render.max_samples),
@@ -161,9 +166,9 @@ class CapturedDistillation:
     def _step(self) -> None:
         """All of one step, from the row to the parameters: tensors only."""
         assert self._stage is not None
-        state, inputs = self.state, self._inputs
+        state, inputs = self.state, self.inputs
         state.optimizer.zero_grad(set_to_none=True)
-        out = self._render(inputs)
+        out = self.render(inputs)
         found = out.samples.found
         assert found is not None
         torch.maximum(self._most_found, found, out=self._most_found)
@@ -174,7 +179,8 @@ class CapturedDistillation:
             out.opacity.detach(), {name: value.detach() for name, value in values.items()}
         )
 
-    def _render(self, inputs: StepTensors) -> RenderOutput:
+    def render(self, inputs: StepTensors) -> RenderOutput:
+        """The views of a step, in the buffers that its graph uses."""
         assert self._stage is not None
         state = self.state
         return render(

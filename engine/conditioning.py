@@ -106,6 +106,11 @@ class Conditioner:
             self._cache.popitem(last=False)
         return conditioning
 
+    def forget(self) -> None:
+        """Drop the cached conditions, as the released code does with every step's."""
+        self._cache.clear()
+        self._tokens_of_nothing = None
+
     def encode(self, levels: Sequence[Level]) -> list[Conditioning]:
         """The conditions over each of some colours, given as integer levels 0..255; in one batch, not cached."""
         # Whoever asks first may be sampling in inference mode, and later askers not: keep ordinary tensors.

@@ -99,7 +99,7 @@ class Fusion:
         with deterministic(self.device), interrupt_between_steps() as interrupted:
             if self.phase == WARM:
                 self._fit_views(hooks, interrupted)
-            advance = self._captured(hooks).advance if self._captures() else self._distill
+            advance = self._captured(hooks).advance if self._captures() else self.distill
             self._loop(self.config.steps, advance, hooks, interrupted)
         state = self.state
         return FusedField(state.field, state.background, state.occupancy, self.config)
@@ -243,7 +243,7 @@ class Fusion:
             conditions = MatchedColour(conditioner)
         return CapturedDistillation(self.config, self.state, self.guidance, conditions)
 
-    def _distill(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def distill(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of multi-view score distillation (paper section 3.3; released ``mvdream_system``)."""
         config, state, streams = self.config, self.state, self.state.streams
         stage = config.stage_at(step)
