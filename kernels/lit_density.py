@@ -104,7 +104,7 @@ def _lit_density_triton(
         transmittance_stop,
         *bias,
         LEVELS=count_levels(levels),
-        I=features,
+        WIDTH_IN=features,
         H=hidden,
         HIDDEN=max(16, 1 << (hidden - 1).bit_length()),
         **LAUNCH.options,
@@ -129,7 +129,7 @@ def _lit_density_kernel(
     strength,
     radius,
     LEVELS: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741 (the field's own letter)
+    WIDTH_IN: tl.constexpr,
     H: tl.constexpr,
     HIDDEN: tl.constexpr,
     RAYS: tl.constexpr,
@@ -143,7 +143,7 @@ def _lit_density_kernel(
     ox, oy, oz = load_vectors(p_origins, ray, m_ray)
     dx, dy, dz = load_vectors(p_directions, ray, m_ray)
     level = load_field_levels(p_levels, LEVELS)
-    inner = transposed(split(load_inner(p_inner, H, I, HIDDEN, 2 * LEVELS)))
+    inner = transposed(split(load_inner(p_inner, H, WIDTH_IN, HIDDEN, 2 * LEVELS)))
     outer = load_outer(p_outer, 0, H, HIDDEN)
     depth_before = tl.zeros((RAYS,), dtype=tl.float32)
     done = 0

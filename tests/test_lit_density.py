@@ -117,7 +117,7 @@ def test_compiles_ahead_of_time(arch: int) -> None:
     arguments = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("p_packed_info", "p_levels"), "*i32")
     arguments |= {"n_rays": "i32", "p_table": "*fp32"}
     arguments |= dict.fromkeys(("transmittance_stop", "strength", "radius"), "fp32")
-    build = {"LEVELS": 16, "I": 32, "H": 64, "HIDDEN": 64, **dict(module.LAUNCH.constants)}
+    build = {"LEVELS": 16, "WIDTH_IN": 32, "H": 64, "HIDDEN": 64, **dict(module.LAUNCH.constants)}
     launch = {"warps": module.LAUNCH.warps, "stages": module.LAUNCH.stages}
     compile_ahead("lit_density", "_lit_density_kernel", arguments, [build], arch, **launch)
 
