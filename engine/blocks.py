@@ -7,7 +7,8 @@ Source: the released code of MVDream and ImageDream (Stable Diffusion 2.1's UNet
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch.nn import functional
 
 from ..kernels.attention import AttentionBackend, multi_view_attention
 from ..kernels.cross_attention import decoupled_cross_attention
+from ..kernels.geglu import geglu
+from .layers import GroupNorm, KernelLayer, LayerNorm, normalised_convolution
 
 GROUPS = 32
 
@@ -30,29 +33,20 @@ class Prompt(NamedTuple):
     """Weight of the image branch."""
 
 
-class GroupNorm32(nn.GroupNorm):
-    """32 groups; statistics and affine map in float32, the result in the input's dtype."""
-
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(GROUPS, channels, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return functional.group_norm(x.float(), GROUPS, weight, bias, self.eps).to(x.dtype)
-
-
 class ResBlock(nn.Module):
     """Two convolutions; the time and camera embedding is added between them."""
 
     def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            GroupNorm32(in_channels, eps=1e-5), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            GroupNorm(GROUPS, in_channels, eps=1e-5, silu=True),
+            nn.Identity(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, out_channels))
+        self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(embed_dim, out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels, eps=1e-5),
-            nn.SiLU(),
+            GroupNorm(GROUPS, out_channels, eps=1e-5, silu=True),
+            nn.Identity(),
             nn.Identity(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
@@ -60,9 +54,13 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """``x`` [N, C, H, W], ``embedding`` [N, E] -> [N, C', H, W]."""
-        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        """``x`` [N, C, H, W], ``embedding`` [N, E] after its SiLU -> [N, C', H, W]."""
+        norm_in, _, conv_in = self.in_layers
+        norm_out, *_, conv_out = self.out_layers
+        assert isinstance(conv_in, nn.Conv2d)
+        assert isinstance(norm_out, GroupNorm)
+        h = normalised_convolution(conv_in, norm_out, norm_in(x), self.emb_layers(embedding))
+        return self.skip_connection(x) + conv_out(h)
 
 
 class Downsample(nn.Module):
@@ -87,30 +85,64 @@ class Upsample(nn.Module):
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class MultiViewSelfAttention(nn.Module):
-    """Self-attention whose tokens are the pixels of all F frames of a group."""
+class MultiViewSelfAttention(KernelLayer):
+    """Self-attention whose tokens are the pixels of all F frames of a group.
+
+    The weights of queries, keys and values are one parameter, ``to_qkv`` [3C, C], for one projection; in state
+    dicts it is ``to_q.weight``, ``to_k.weight`` and ``to_v.weight``, as released.
+    """
+
+    backend: AttentionBackend = "auto"  # type: ignore[assignment]  # xformers, too
 
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.backend: AttentionBackend = "torch"
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(channels, channels, bias=False)
-        self.to_v = nn.Linear(channels, channels, bias=False)
+        self.to_qkv = nn.Parameter(torch.empty(3 * channels, channels))
+        nn.init.kaiming_uniform_(self.to_qkv, a=math.sqrt(5))  # as nn.Linear
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def packed_qkv(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., 3, H, D]: what one projection with the three weights stacked would give."""
-        qkv = torch.cat((self.to_q(x), self.to_k(x), self.to_v(x)), dim=-1)
-        return qkv.unflatten(-1, (3, -1, self.head_dim))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """``x`` [N, T, C] -> [N, T, C]."""
-        qkv = self.packed_qkv(x.unflatten(0, (-1, frames)))
-        return self.to_out(multi_view_attention(qkv, self.backend).flatten(0, 1))
+        qkv = functional.linear(x, self.to_qkv).unflatten(-1, (3, -1, self.head_dim))
+        attended = multi_view_attention(qkv.unflatten(0, (-1, frames)), self.backend)
+        return self.to_out(attended.flatten(0, 1))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        parts = destination.pop(f"{prefix}to_qkv").chunk(3)
+        destination.update(zip(_qkv_names(prefix), parts, strict=True))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names, shape = _qkv_names(prefix), self.to_qkv.chunk(3)[0].shape
+        missing = [name for name in names if name not in state_dict]
+        wrong = [name for name in names if name not in missing and state_dict[name].shape != shape]
+        missing_keys += missing
+        unexpected_keys += [name for name in state_dict if name == f"{prefix}to_qkv"]
+        error_msgs += [
+            f"{name} has shape {list(state_dict[name].shape)}, not {list(shape)}" for name in wrong
+        ]
+        given = {name: tensor for name, tensor in state_dict.items() if name not in names}
+        whole = not missing and not wrong
+        given[f"{prefix}to_qkv"] = torch.cat([state_dict[name] for name in names]) if whole else self.to_qkv
+        super()._load_from_state_dict(
+            given, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
-class PromptCrossAttention(nn.Module):
+def _qkv_names(prefix: str) -> list[str]:
+    return [f"{prefix}to_{part}.weight" for part in "qkv"]
+
+
+class PromptCrossAttention(KernelLayer):
     """Each frame attends to the text tokens and, with its own keys and values, to the image tokens."""
 
     def __init__(self, channels: int, context_dim: int, head_dim: int, with_image: bool) -> None:
@@ -139,13 +171,16 @@ class PromptCrossAttention(nn.Module):
         k_image = v_image = None
         if prompt.image_tokens is not None:
             k_image, v_image = self.image_key_value(prompt.image_tokens)
-        return self.to_out(decoupled_cross_attention(q, k_text, v_text, k_image, v_image, prompt.image_scale))
+        attended = decoupled_cross_attention(
+            q, k_text, v_text, k_image, v_image, prompt.image_scale, self.backend
+        )
+        return self.to_out(attended)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-class GatedLinear(nn.Module):
+class GatedLinear(KernelLayer):
     """GEGLU: value * gelu(gate), with the exact (erf) GELU."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -153,8 +188,7 @@ class GatedLinear(nn.Module):
         self.proj = nn.Linear(in_dim, 2 * out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * functional.gelu(gate)
+        return geglu(self.proj(x), self.backend)
 
 
 class FeedForward(nn.Module):
@@ -178,14 +212,14 @@ class TransformerBlock(nn.Module):
         self.attn1 = MultiViewSelfAttention(channels, head_dim)
         self.ff = FeedForward(channels)
         self.attn2 = PromptCrossAttention(channels, context_dim, head_dim, with_image)
-        self.norm1 = nn.LayerNorm(channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
 
     def forward(self, x: Tensor, prompt: Prompt, frames: int) -> Tensor:
-        x = x + self.attn1(self.norm1(x), frames)
-        x = x + self.attn2(self.norm2(x), prompt)
-        return x + self.ff(self.norm3(x))
+        x, normed = self.norm2.after_sum(x, self.attn1(self.norm1(x), frames))
+        x, normed = self.norm3.after_sum(x, self.attn2(normed, prompt))
+        return x + self.ff(normed)
 
 
 class MultiViewTransformer(nn.Module):
@@ -193,7 +227,7 @@ class MultiViewTransformer(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, head_dim: int, with_image: bool) -> None:
         super().__init__()
-        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.norm = GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         block = TransformerBlock(channels, context_dim, head_dim, with_image)
         self.transformer_blocks = nn.ModuleList((block,))
@@ -201,10 +235,11 @@ class MultiViewTransformer(nn.Module):
 
     def forward(self, x: Tensor, prompt: Prompt, frames: int) -> Tensor:
         """``x`` [N, C, H, W], N a multiple of ``frames`` -> [N, C, H, W]."""
-        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
+        # Of a channels-last map the tokens are a view, and the other way round.
+        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
         for block in self.transformer_blocks:
             tokens = block(tokens, prompt, frames)
-        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Stage(nn.Sequential):

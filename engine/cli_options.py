@@ -31,7 +31,12 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, float16 or bfloat16. Default: by device.", show_default=False),
 ]
-Attention = Annotated[str, typer.Option(help="torch, or xformers where it is installed.")]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="Of the views: auto (a kernel where one runs), triton, torch, or xformers where installed."
+    ),
+]
 Encoding = Annotated[str, typer.Option(help="Of the hash grid: torch, or tinycudann where it is installed.")]
 Volume = Annotated[str, typer.Option(help="Marching and compositing: torch, or nerfacc where installed.")]
 Prompt = Annotated[str, typer.Option(help="What the object is; may be empty when there is a picture.")]

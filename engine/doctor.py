@@ -62,7 +62,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{name: _optional.version(name) for name in ("diffusers", "warp-lang", *_VERSIONED)},
+        **{name: _optional.version(name) for name in ("diffusers", "warp-lang", "triton", *_VERSIONED)},
         **({"device": device} if device else {}),
         "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": torch.get_num_threads(),

@@ -77,7 +77,7 @@ class ImageTo3D:
         self,
         model: MultiViewModel,
         *,
-        attention: AttentionBackend = "torch",
+        attention: AttentionBackend = "auto",
         encoding: EncodingName = "torch",
         volume: VolumeName = "torch",
     ) -> None:
@@ -101,7 +101,7 @@ class ImageTo3D:
         dtype: torch.dtype | None = None,
         controller: Controller | None = None,
         *,
-        attention: AttentionBackend = "torch",
+        attention: AttentionBackend = "auto",
         encoding: EncodingName = "torch",
         volume: VolumeName = "torch",
     ) -> ImageTo3D:

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ..kernels._triton import interpreted, obstacle
 from ..kernels.attention import AttentionBackend, check_attention_backend
 from .adaptors import GlobalProjector, LinearProjector, Resampler
 from .blocks import (
+    GROUPS,
     Downsample,
-    GroupNorm32,
     MultiViewSelfAttention,
     MultiViewTransformer,
     Prompt,
@@ -26,6 +28,7 @@ from .blocks import (
     Upsample,
 )
 from .errors import InputError, MissingDependency
+from .layers import GroupNorm
 from .unet_config import UNetConfig, infer_unet_config
 
 __all__ = ["MultiViewUNet", "UNetConfig", "infer_unet_config", "timestep_embedding"]
@@ -92,7 +95,9 @@ class MultiViewUNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
-            GroupNorm32(width, eps=1e-5), nn.SiLU(), nn.Conv2d(width, config.out_channels, 3, padding=1)
+            GroupNorm(GROUPS, width, eps=1e-5, silu=True),
+            nn.Identity(),
+            nn.Conv2d(width, config.out_channels, 3, padding=1),
         )
 
     @property
@@ -100,14 +105,22 @@ class MultiViewUNet(nn.Module):
         return next(self.parameters()).dtype
 
     def use_attention_backend(self, backend: AttentionBackend) -> None:
-        """Choose what computes the self-attentions, ``"torch"`` or ``"xformers"``.
+        """Choose what computes the self-attentions: ``"auto"``, ``"triton"``, ``"torch"`` or ``"xformers"``.
+
+        For all kernels together see :func:`~.layers.use_kernels`.
 
         Raises:
-            InputError: unknown name.
+            InputError: unknown name, or Triton cannot run on this network's device.
             MissingDependency: not installed.
         """
         try:
             check_attention_backend(backend)
+            if (
+                backend == "triton"
+                and not interpreted()
+                and (reason := obstacle(next(self.parameters()).device))
+            ):
+                raise ValueError(f"attention backend 'triton' cannot run here: {reason}")
         except ImportError as error:
             raise MissingDependency(str(error)) from error
         except ValueError as error:
@@ -200,12 +213,12 @@ class MultiViewUNet(nn.Module):
         return self._denoise(x, self._embedding(timesteps, camera, x.shape[1]), prompt).to(latents.dtype)
 
     def _embedding(self, timesteps: Tensor, camera: Tensor | None, frames: int) -> Tensor:
-        """Time plus camera embedding of every frame, [B*F, E]."""
+        """Time plus camera embedding of every frame after the SiLU that all residual blocks begin with, [B*F, E]."""
         time = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
         embedding = time[:, None].expand(-1, frames, -1)
         if camera is not None:
             embedding = embedding + self.camera_embed(camera.to(self.dtype))
-        return embedding.flatten(0, 1)
+        return functional.silu(embedding.flatten(0, 1))
 
     def _denoise(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
         frames = x.shape[1]

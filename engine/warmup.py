@@ -69,4 +69,5 @@ def _disc() -> PreparedPicture:
     """A grey disc before nothing."""
     y, x = np.indices((PICTURE_PX, PICTURE_PX)) - (PICTURE_PX - 1) / 2
     inside = np.hypot(x, y) < 0.4 * PICTURE_PX
-    return PreparedPicture(np.where(inside[..., None], np.uint8([128, 128, 128, 255]), np.uint8(0)))
+    grey = np.array([128, 128, 128, 255], dtype=np.uint8)
+    return PreparedPicture(np.where(inside[..., None], grey, np.uint8(0)))

@@ -20,6 +20,7 @@ from .blueprint import Layout, Part, check, fill
 from .checkpoint_files import flat_tensors, read_tensors, sha256_of
 from .errors import InputError
 from .folder_layout import folder_unet
+from .layers import fast_memory_format
 from .model import VIEWS, Controller, ModelCard, MultiViewModel
 from .model_folder import names_in, save_model_folder, single_weights_file
 from .network_parts import unet_by_tensors
@@ -86,6 +87,7 @@ def load_model(
         digest = pool.submit(_sha256, opened.weights)
         for part in opened.layout.parts.values():
             fill(part, target, kind, opened.card.name)
+            fast_memory_format(part.wrapper)
     card = replace(opened.card, sha256=digest.result())
     wrappers = {name: part.wrapper for name, part in opened.layout.parts.items()}
     return MultiViewModel(

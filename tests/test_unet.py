@@ -371,6 +371,9 @@ def test_attention_backend_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) ->
     unet = random_unet(SIZES["text"])
     with pytest.raises(InputError, match="'flash'"):
         unet.use_attention_backend("flash")  # type: ignore[arg-type]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match="'triton' cannot run here: no CUDA device"):
+        unet.use_attention_backend("triton")
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(MissingDependency, match="xformers"):

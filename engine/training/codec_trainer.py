@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..graphed import GraphedStep
+from ..layers import fast_memory_format
 from ..vae import LatentCodec
 from .dataset import GroupSampler, signed
 
@@ -63,8 +64,7 @@ def train_codec(
     """Trains ``codec`` for ``seconds``; returns its moving average, with ``scaling_factor`` 1 / std of latents."""
     device = groups.device
     cuda = device.type == "cuda"
-    if cuda:
-        codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast_memory_format(codec)
     averages = Averages(codec, 0.999)
     rate, losses = torch.zeros((), device=device), torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(

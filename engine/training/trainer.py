@@ -21,6 +21,7 @@ from ..checkpoint import (
 )
 from ..errors import InputError
 from ..graphed import GraphedStep
+from ..layers import fast_memory_format
 from ..model import ModelCard, MultiViewModel
 from ..schedule import alphas_cumprod
 from ..vae import LatentCodec
@@ -60,6 +61,7 @@ class Trainer:
         self.model = Denoiser(
             nano.new_unet(), nano.new_text(Path(self.tokenizer.name)), nano.new_vision()
         ).to(device)
+        fast_memory_format(self.model)
         self.averages = Averages(self.model, EMA)
         self.rate = torch.zeros((), device=device)
         cuda = device.type == "cuda"

@@ -1,0 +1,225 @@
+"""The UNet on kernels: the same numbers as in plain PyTorch, no copies between layers, stacked projections."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from operators import Operators
+from torch import Tensor
+
+from imagedream_rt.engine import blocks, unet
+from imagedream_rt.engine.blueprint import fill
+from imagedream_rt.engine.graphed import GraphedStep
+from imagedream_rt.engine.layers import fast_memory_format, use_kernels
+from imagedream_rt.engine.random_model import random_layout
+from imagedream_rt.engine.unet import MultiViewUNet, UNetConfig
+from imagedream_rt.kernels._triton import KernelBackend
+
+KERNELS = {
+    "add_layer_norm",
+    "cross_attention",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+    "multi_view_attention",
+}
+SMALL = UNetConfig(
+    model_channels=32,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    transformer_levels=(0,),
+    context_dim=32,
+    head_dim=32,
+    resampler_width=32,
+)
+
+
+def inputs(
+    config: UNetConfig, *, groups: int = 1, frames: int = 2, px: int = 2, tokens: int = 5, device: str = "cpu"
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    return {
+        "latents": randn(groups, frames, config.in_channels, px, px),
+        "timesteps": torch.arange(groups, device=device) * 300 + 7,
+        "context": randn(groups, tokens, config.context_dim),
+        "camera": randn(groups, frames, config.camera_dim),
+        "image_tokens": randn(groups, config.image_tokens, config.context_dim),
+    }
+
+
+def random_unet(config: UNetConfig = SMALL) -> MultiViewUNet:
+    torch.manual_seed(0)
+    return MultiViewUNet(config).eval().requires_grad_(False)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+@pytest.fixture
+def few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a second for the program of each group; 32 of them would take minutes."""
+    monkeypatch.setattr(blocks, "GROUPS", 2)
+    monkeypatch.setattr(unet, "GROUPS", 2)
+
+
+def plain_and_forced(device: torch.device, dtype: torch.dtype) -> tuple[MultiViewUNet, MultiViewUNet]:
+    """The network in plain PyTorch and float32, and on kernels alone in ``dtype``."""
+    plain = random_unet().to(device)
+    forced = copy.deepcopy(plain).to(dtype)
+    fast_memory_format(forced)
+    use_kernels(plain, "torch")
+    use_kernels(forced, "triton")
+    if dtype == torch.float32:  # which the attention leaves to PyTorch
+        forced.use_attention_backend("auto")
+    return plain, forced
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_kernel_gives_the_networks_numbers(
+    kernel_device: torch.device, few_groups: None, dtype: torch.dtype
+) -> None:
+    plain, forced = plain_and_forced(kernel_device, dtype)
+    given = inputs(SMALL, device=kernel_device.type)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with Operators() as ran:
+            found = forced(**given)
+        wanted = plain(**given)
+    assert set(ran.ours) == KERNELS - ({"multi_view_attention"} if dtype == torch.float32 else set())
+    assert ran.ours["group_norm"] == 15
+    assert relative_error(found, wanted) <= (1e-5 if dtype == torch.float32 else 5 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_through_the_kernels(
+    kernel_device: torch.device, few_groups: None, dtype: torch.dtype
+) -> None:
+    plain, forced = plain_and_forced(kernel_device, dtype)
+    given = inputs(SMALL, device=kernel_device.type)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for network in (plain, forced):
+            network.requires_grad_(True)
+            network(**given).square().mean().backward()
+    wanted = dict(plain.named_parameters())
+    for name, parameter in forced.named_parameters():
+        if name.startswith("image_embed."):  # the tokens were given
+            continue
+        truth = wanted[name].grad
+        assert parameter.grad is not None, name
+        assert truth is not None, name
+        assert relative_error(parameter.grad, truth) <= (1e-4 if dtype == torch.float32 else 3e-2), name
+
+
+def test_channels_last_maps_flow_without_copies() -> None:
+    """From the first convolution to the last no layer rearranges memory."""
+    network = random_unet(UNetConfig(**{**vars(SMALL), "channel_mult": (1, 2), "transformer_levels": (0, 1)}))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    given = inputs(network.config, px=4)
+    given["timesteps"] = given["timesteps"].float()
+    with Operators() as ran:
+        network(**given)
+    assert ran.rearranging() == {}
+
+
+def test_stacked_projections_keep_their_released_names() -> None:
+    network = random_unet()
+    attention = next(m for m in network.modules() if isinstance(m, blocks.MultiViewSelfAttention))
+    state = attention.state_dict()
+    assert list(state) == ["to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"]
+    assert torch.equal(torch.cat([state[f"to_{part}.weight"] for part in "qkv"]), attention.to_qkv)
+    # As everywhere in PyTorch, what a state dict holds is the parameter's own memory.
+    state["to_k.weight"].fill_(7.0)
+    assert (attention.to_qkv[32:64] == 7.0).all()
+    assert (attention.to_qkv[:32] != 7.0).all()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_stacked_projections_load(assign: bool) -> None:
+    network, other = random_unet(), MultiViewUNet(SMALL)
+    given = inputs(SMALL)
+    other.load_state_dict({name: x.clone() for name, x in network.state_dict().items()}, assign=assign)
+    assert torch.equal(other(**given), network(**given))
+    with torch.device("meta"):
+        empty = MultiViewUNet(SMALL)
+    empty.load_state_dict(network.state_dict(), assign=True)
+    assert torch.equal(empty(**given), network(**given))
+
+
+def test_wrong_projections_are_named() -> None:
+    attention = blocks.MultiViewSelfAttention(32, 32)
+    before = attention.to_qkv.detach().clone()
+    state = {name: torch.zeros_like(x) for name, x in attention.state_dict().items()}
+    del state["to_q.weight"]
+    state["to_v.weight"] = torch.zeros(32, 16)
+    with pytest.raises(RuntimeError) as error:
+        attention.load_state_dict(state)
+    assert 'Missing key(s) in state_dict: "to_q.weight"' in str(error.value)
+    assert "to_v.weight has shape [32, 16], not [32, 32]" in str(error.value)
+    assert "to_qkv" not in str(error.value)
+    assert torch.equal(attention.to_qkv, before)
+    state = attention.state_dict()
+    state["to_qkv"] = torch.zeros(96, 32)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"to_qkv"'):
+        attention.load_state_dict(state)
+
+
+def full_unet(dtype: torch.dtype) -> MultiViewUNet:
+    part = random_layout("full", "pixel").parts["unet"]
+    fill(part, torch.device("cuda"), dtype, "random:full")
+    return part.wrapper
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [2, 4])
+def test_the_full_size_in_half_precision_stays_near_float32(groups: int) -> None:
+    """In the shapes of the released schedule: five frames, with and without the prompt, of one group and of two."""
+    given = inputs(UNetConfig(), groups=groups, frames=5, px=32, tokens=77, device="cuda")
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        plain = full_unet(torch.float32)
+        use_kernels(plain, "torch")
+        wanted = plain(**given)
+        del plain
+        network = full_unet(torch.float16)
+        fast_memory_format(network)
+        with Operators() as ran:
+            found = network(**given)
+    assert set(ran.ours) == KERNELS
+    assert relative_error(found, wanted) <= 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_captured_training_step_learns_the_same(compiled: bool) -> None:
+    """bfloat16 autocast, torch.compile and a CUDA graph, as the embedded model is trained."""
+    config = UNetConfig(**{**vars(SMALL), "model_channels": 64, "head_dim": 64})
+    given = inputs(config, groups=4, frames=5, px=8, tokens=77, device="cuda")
+    losses: dict[KernelBackend, list[float]] = {}
+    backends: tuple[KernelBackend, ...] = ("torch", "triton")
+    for backend in backends:
+        network = random_unet(config).cuda().requires_grad_(True)
+        use_kernels(network, backend)
+        run = torch.compile(network) if compiled and backend == "triton" else network
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-2)
+        loss = torch.zeros((), device="cuda")
+
+        def step(run: Any = run, optimizer: torch.optim.Optimizer = optimizer, loss: Tensor = loss) -> None:
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                error = (run(**given) - given["latents"]).float().square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            error.backward()
+            optimizer.step()
+            loss.copy_(error.detach())
+
+        graphed, losses[backend] = GraphedStep(step, torch.device("cuda")), []
+        for _ in range(8):
+            graphed()
+            losses[backend].append(loss.item())
+    assert losses["triton"][-1] < losses["triton"][0]
+    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=2e-2, atol=0.0)
