@@ -66,7 +66,7 @@ def forward_kernel(
     strength,
     radius,
     LEVELS: tl.constexpr,
-    I: tl.constexpr,
+    WIDTH_IN: tl.constexpr,
     H: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,12 +74,12 @@ def forward_kernel(
     """p_albedo, p_normal: None for what is not asked for; p_inverse: 1 / |g| for the backward kernel, or None."""
     WIDTH: tl.constexpr = 2 * LEVELS
     level = load_field_levels(p_levels, LEVELS)
-    inner = load_inner(p_inner, H, I, HIDDEN, WIDTH)
+    inner = load_inner(p_inner, H, WIDTH_IN, HIDDEN, WIDTH)
     outer = load_outer(p_outer, 0, H, HIDDEN)
     through = split(outer[:, None] * inner)
     inner = transposed(split(inner))
     if p_albedo is not None:
-        colour_inner = transposed(split(load_inner(p_colour_inner, H, I, HIDDEN, WIDTH)))
+        colour_inner = transposed(split(load_inner(p_colour_inner, H, WIDTH_IN, HIDDEN, WIDTH)))
     n, block, behind = _blocks(p_count, n, BLOCK)
     while block < behind:
         o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -150,15 +150,22 @@ def _share(fraction, g, s, slope, X: tl.constexpr, Y: tl.constexpr, Z: tl.conste
 
 
 @jit
-def _shares(point, slope, g, s, level):
+def _shares(p_points, p_normal, p_grad_normal, p_inverse, o, m, g, s, level):
     """Cells of points, and the gradients by the entries of their eight corners: g, s [*S, 2] belong to the
-    features' values and, along ``slope``, three of [*S], to their differences."""
-    cell, fraction = locate(point[0], point[1], point[2], level)
-    if slope is not None:
-        slope = (level[0] * slope[0], level[0] * slope[1], level[0] * slope[2])
+    features' values and, along the gradient by the slope, to their differences."""
+    # Volatile: what was computed for the look-up is computed again, rather than kept in registers meanwhile.
+    x = unit_cube(tl.load(p_points + o * 3, mask=m, other=0.0, volatile=True))
+    y = unit_cube(tl.load(p_points + o * 3 + 1, mask=m, other=0.0, volatile=True))
+    z = unit_cube(tl.load(p_points + o * 3 + 2, mask=m, other=0.0, volatile=True))
+    cell, fraction = locate(x, y, z, level)
+    if p_grad_normal is None:
+        slope = None
+    else:
+        sx, sy, sz = _grad_slope(p_normal, p_grad_normal, p_inverse, o, m)
+        slope = (level[0] * sx, level[0] * sy, level[0] * sz)
     shares = ()
     for corner in tl.static_range(8):
-        shares = shares + (_share(fraction, g, s, slope, corner & 1, corner >> 1 & 1, corner >> 2),)
+        shares += (_share(fraction, g, s, slope, corner & 1, corner >> 1 & 1, corner >> 2),)
     return cell, shares
 
 
@@ -167,38 +174,15 @@ def _sum_where(m, a, b):
     """b, plus a where ``m`` [*S]: tuples of [*S, 2]."""
     sums = ()
     for corner in tl.static_range(8):
-        sums = sums + (b[corner] + tl.where(tl.expand_dims(m, -1), a[corner], 0.0),)
+        sums += (b[corner] + tl.where(tl.expand_dims(m, -1), a[corner], 0.0),)
     return sums
 
 
 @jit
-def _runs(x, GROUPS: tl.constexpr, RUN: tl.constexpr, LEVELS: tl.constexpr):
-    """Rows g RUN + j of x [GROUPS RUN, 2 LEVELS] for each j: a tuple of [GROUPS, LEVELS, 2]."""
+def _of_run(x, j, GROUPS: tl.constexpr, RUN: tl.constexpr, LEVELS: tl.constexpr):
+    """Rows g RUN + j of x [GROUPS RUN, 2 LEVELS], as [GROUPS, LEVELS, 2]."""
     x = tl.permute(tl.reshape(x, (GROUPS, RUN, LEVELS, 2)), (0, 2, 3, 1))
-    runs = (x,)
-    for step in tl.static_range(3):
-        if (RUN >> step) > 1:
-            even = ()
-            odd = ()
-            for i in tl.static_range(1 << step):
-                a, b = tl.split(tl.reshape(runs[i], (GROUPS, LEVELS, 2, RUN >> (step + 1), 2)))
-                even = even + (a,)
-                odd = odd + (b,)
-            runs = even + odd
-    flat = ()
-    for i in tl.static_range(RUN):
-        flat = flat + (tl.reshape(runs[i], (GROUPS, LEVELS, 2)),)
-    return flat
-
-
-@jit
-def _point_again(p_points, o, m):
-    """A point of the unit cube. Volatile: what was computed for the look-up is computed again, rather than kept
-    in registers meanwhile."""
-    x = tl.load(p_points + o * 3, mask=m, other=0.0, volatile=True)
-    y = tl.load(p_points + o * 3 + 1, mask=m, other=0.0, volatile=True)
-    z = tl.load(p_points + o * 3 + 2, mask=m, other=0.0, volatile=True)
-    return unit_cube(x), unit_cube(y), unit_cube(z)
+    return tl.sum(tl.where(tl.arange(0, RUN) == j, x, 0.0), axis=3)
 
 
 @jit
@@ -218,22 +202,28 @@ def _scatter(
     LEVELS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Add both orders to the table's gradient, for neighbours in the same cell together."""
-    g, s = _runs(g, GROUPS, RUN, LEVELS), _runs(s, GROUPS, RUN, LEVELS)
-    slope = None
-    for j in tl.static_range(RUN):
+    """Add both orders to the table's gradient.
+
+    Neighbouring points are samples of a ray: many share a cell of the coarse levels, and additions to the same
+    entry wait for each other. So a thread takes RUN neighbours, one after another, and adds for those in the same
+    cell together.
+    """
+    m = tl.full((GROUPS, LEVELS), False, tl.int1)
+    nothing = tl.zeros((GROUPS, LEVELS), tl.uint32)
+    cell = (nothing, nothing, nothing)
+    shares = (tl.zeros((GROUPS, LEVELS, 2), tl.float32),) * 8
+    for j in tl.range(0, RUN + 1):
         o = o_run + j
-        point = _point_again(p_points, o, o < n)
-        if p_grad_normal is not None:
-            slope = _grad_slope(p_normal, p_grad_normal, p_inverse, o, o < n)
-        cell_next, shares_next = _shares(point, slope, g[j], s[j], level)
-        m_next = (o < n) & exists(level)
-        if j > 0:
-            same = m_next & (cell[0] == cell_next[0]) & (cell[1] == cell_next[1]) & (cell[2] == cell_next[2])
-            add_to_corners(p_grad_table, cell, level, m & ~same, shares, 2, PAIRS)
-            shares_next = _sum_where(same, shares, shares_next)
-        cell, m, shares = cell_next, m_next, shares_next
-    add_to_corners(p_grad_table, cell, level, m, shares, 2, PAIRS)
+        m_point = (o < n) & (j < RUN)
+        g_point, s_point = _of_run(g, j, GROUPS, RUN, LEVELS), _of_run(s, j, GROUPS, RUN, LEVELS)
+        cell_next, shares_next = _shares(
+            p_points, p_normal, p_grad_normal, p_inverse, o, m_point, g_point, s_point, level
+        )
+        m_next = m_point & exists(level)
+        same = m_next & (cell[0] == cell_next[0]) & (cell[1] == cell_next[1]) & (cell[2] == cell_next[2])
+        add_to_corners(p_grad_table, cell, level, m & ~same, shares, 2, PAIRS)
+        shares = _sum_where(m & same, shares, shares_next)
+        cell, m = cell_next, m_next
 
 
 @jit
@@ -260,7 +250,7 @@ def backward_kernel(
     p_grad_colour_outer,
     n,
     LEVELS: tl.constexpr,
-    I: tl.constexpr,
+    WIDTH_IN: tl.constexpr,
     H: tl.constexpr,
     HIDDEN: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -271,12 +261,12 @@ def backward_kernel(
     BLOCK: tl.constexpr = GROUPS * RUN
     WIDTH: tl.constexpr = 2 * LEVELS
     level = load_field_levels(p_levels, LEVELS)
-    inner = load_inner(p_inner, H, I, HIDDEN, WIDTH)
+    inner = load_inner(p_inner, H, WIDTH_IN, HIDDEN, WIDTH)
     through = split(load_outer(p_outer, 0, H, HIDDEN)[:, None] * inner)
     inner = transposed(split(inner))
     both_orders = tl.zeros((HIDDEN, WIDTH), tl.float32)
     if p_grad_albedo is not None:
-        colour_inner = split(load_inner(p_colour_inner, H, I, HIDDEN, WIDTH))
+        colour_inner = split(load_inner(p_colour_inner, H, WIDTH_IN, HIDDEN, WIDTH))
         grad_colour_inner = tl.zeros((HIDDEN, WIDTH), tl.float32)
         grad_colour_outer = tl.zeros((HIDDEN, 16), tl.float32)
     n, block, behind = _blocks(p_count, n, BLOCK)
@@ -337,14 +327,14 @@ def backward_kernel(
         block += 1
 
     o_hidden, o_feature = tl.arange(0, HIDDEN)[:, None], tl.arange(0, WIDTH)[None, :]
-    m = (o_hidden < H) & (o_feature < I)
+    m = (o_hidden < H) & (o_feature < WIDTH_IN)
     outer = load_outer(p_outer, 0, H, HIDDEN)[:, None]
-    tl.atomic_add(p_grad_inner + o_hidden * I + o_feature, both_orders * outer, mask=m, sem="relaxed")
-    grad = tl.sum(both_orders * load_inner(p_inner, H, I, HIDDEN, WIDTH), axis=1)
+    tl.atomic_add(p_grad_inner + o_hidden * WIDTH_IN + o_feature, both_orders * outer, mask=m, sem="relaxed")
+    grad = tl.sum(both_orders * load_inner(p_inner, H, WIDTH_IN, HIDDEN, WIDTH), axis=1)
     tl.atomic_add(p_grad_outer + tl.arange(0, HIDDEN), grad, mask=tl.arange(0, HIDDEN) < H, sem="relaxed")
     if p_grad_albedo is not None:
         tl.atomic_add(
-            p_grad_colour_inner + o_hidden * I + o_feature, grad_colour_inner, mask=m, sem="relaxed"
+            p_grad_colour_inner + o_hidden * WIDTH_IN + o_feature, grad_colour_inner, mask=m, sem="relaxed"
         )
         channel = tl.arange(0, 16)[None, :]
         p_grad = p_grad_colour_outer + channel * H + o_hidden

@@ -76,10 +76,10 @@ def features_and_slopes_at(p_table, x, y, z, level, BLOCK: tl.constexpr, LEVELS:
 
 
 @jit
-def load_inner(p_inner, H: tl.constexpr, I: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr):
-    """Inner matrix [H, I] of a perceptron, padded with zeros to [HIDDEN, WIDTH]."""
+def load_inner(p_inner, H: tl.constexpr, WIDTH_IN: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr):
+    """Inner matrix [H, WIDTH_IN] of a perceptron, padded with zeros to [HIDDEN, WIDTH]."""
     o_hidden, o_feature = tl.arange(0, HIDDEN)[:, None], tl.arange(0, WIDTH)[None, :]
-    return tl.load(p_inner + o_hidden * I + o_feature, mask=(o_hidden < H) & (o_feature < I), other=0.0)
+    return tl.load(p_inner + o_hidden * WIDTH_IN + o_feature, mask=(o_hidden < H) & (o_feature < WIDTH_IN), other=0.0)
 
 
 @jit
@@ -138,7 +138,7 @@ def density_at(
     Once, before any loop::
 
         level = load_field_levels(p_levels, LEVELS)  # p_levels from field_levels, LEVELS from count_levels
-        inner = transposed(split(load_inner(p_inner, H, I, HIDDEN, 2 * LEVELS)))  # [H, I], I features
+        inner = transposed(split(load_inner(p_inner, H, WIDTH_IN, HIDDEN, 2 * LEVELS)))  # of [H, WIDTH_IN]
         outer = load_outer(p_outer, 0, H, HIDDEN)  # HIDDEN >= 16 a power of two
 
     The table holds two features to a row, float32 or half precision. Every lane looks a point up: lanes that

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,9 @@ Weights = tuple[Tensor, Tensor]
 
 Pullback = Callable[[Tensor], Tensor]
 """Made for N points: takes a gradient by their features [N, I] to the gradient by the unit cube [N, 3]."""
+
+Encode = Callable[[Tensor, bool], tuple[Tensor, Pullback | None]]
+"""Features [N, I] of N points of the unit cube and, if asked for, their pullback."""
 
 
 class FieldValues(NamedTuple):
@@ -77,16 +81,18 @@ def normalise(vectors: Tensor) -> Tensor:
 
 def evaluate(
     points: Tensor,
-    features: Tensor,
-    pullback: Pullback | None,
+    encode: Encode,
     density: Weights,
     colour: Weights,
+    *,
     blob_strength: float,
     blob_radius: float,
+    with_normal: bool = True,
+    count: Tensor | None = None,
 ) -> FieldValues:
-    """The field from the features [N, I] at points [N, 3]; with its normal if there is a pullback, which the
-    caller made for the same points. Plain PyTorch, differentiable in the features and all weights."""
-    bias = blob_strength * (1.0 - length(points)[:, 0] / blob_radius)
+    """:func:`radiance_field` in plain PyTorch, over any encoding; as often differentiable as that is."""
+    points, valid = _first(points, count)
+    features, pullback = encode(unit_cube(points), with_normal)
     normal = None
     if pullback is None:
         raw = perceptron(features, *density)
@@ -96,8 +102,42 @@ def evaluate(
         slope = 0.5 * pullback(feature_slope) - normalise(points) * (blob_strength / blob_radius)
         # Softplus scales the slope by a positive number, which the direction does not see.
         normal = normalise(-slope)
-    sigma = nn.functional.softplus(raw[:, 0] + bias)
-    return FieldValues(sigma, torch.sigmoid(perceptron(features, *colour)), normal)
+    sigma = _activated(points, raw, blob_strength, blob_radius)
+    albedo = torch.sigmoid(perceptron(features, *colour))
+    if valid is None:
+        return FieldValues(sigma, albedo, normal)
+    rows = valid[:, None]
+    return FieldValues(
+        sigma.where(valid, 0.0), albedo.where(rows, 0.0), None if normal is None else normal.where(rows, 0.0)
+    )
+
+
+def evaluate_density(
+    points: Tensor,
+    encode: Encode,
+    density: Weights,
+    *,
+    blob_strength: float,
+    blob_radius: float,
+    count: Tensor | None = None,
+) -> Tensor:
+    """:func:`radiance_density` in plain PyTorch, over any encoding."""
+    points, valid = _first(points, count)
+    features, _ = encode(unit_cube(points), False)
+    sigma = _activated(points, perceptron(features, *density), blob_strength, blob_radius)
+    return sigma if valid is None else sigma.where(valid, 0.0)
+
+
+def _first(points: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The points, the origin behind the first ``count`` of them, and a mask [N] of those."""
+    if count is None:
+        return points, None
+    valid = torch.arange(len(points), device=points.device) < count
+    return points.where(valid[:, None], 0.0), valid
+
+
+def _activated(points: Tensor, raw: Tensor, strength: float, radius: float) -> Tensor:
+    return nn.functional.softplus(raw[:, 0] + strength * (1.0 - length(points)[:, 0] / radius))
 
 
 def radiance_field_reference(
@@ -110,20 +150,19 @@ def radiance_field_reference(
     blob_strength: float = 10.0,
     blob_radius: float = 0.5,
     with_normal: bool = True,
+    count: Tensor | None = None,
 ) -> FieldValues:
     """:func:`radiance_field` in plain PyTorch, in float32 or float64."""
-    bias = blob_strength, blob_radius
-    if not with_normal:
-        features = hash_encode(unit_cube(points), table, levels, backend="torch")
-        return evaluate(points, features, None, density, colour, *bias)
-    features, jacobian = hash_encode_jacobian(unit_cube(points), table, levels, backend="torch")
-    # [I, 3, N]: the contiguous memory behind the view, so that the sum below runs along it.
-    slopes = jacobian.permute(1, 2, 0)
-
-    def pullback(grad: Tensor) -> Tensor:
-        return (grad.t()[:, None] * slopes).sum(0).t()
-
-    return evaluate(points, features, pullback, density, colour, *bias)
+    return evaluate(
+        points,
+        partial(_encode, table=table, levels=levels),
+        density,
+        colour,
+        blob_strength=blob_strength,
+        blob_radius=blob_radius,
+        with_normal=with_normal,
+        count=count,
+    )
 
 
 def radiance_density_reference(
@@ -134,10 +173,28 @@ def radiance_density_reference(
     *,
     blob_strength: float = 10.0,
     blob_radius: float = 0.5,
+    count: Tensor | None = None,
 ) -> Tensor:
     """:func:`radiance_density` in plain PyTorch, in float32 or float64."""
-    raw = perceptron(hash_encode(unit_cube(points), table, levels, backend="torch"), *density)
-    return nn.functional.softplus(raw[:, 0] + blob_strength * (1.0 - length(points)[:, 0] / blob_radius))
+    return evaluate_density(
+        points,
+        partial(_encode, table=table, levels=levels),
+        density,
+        blob_strength=blob_strength,
+        blob_radius=blob_radius,
+        count=count,
+    )
+
+
+def _encode(
+    x: Tensor, with_pullback: bool, *, table: Tensor, levels: Sequence[GridLevel]
+) -> tuple[Tensor, Pullback | None]:
+    if not with_pullback:
+        return hash_encode(x, table, levels, backend="torch"), None
+    features, jacobian = hash_encode_jacobian(x, table, levels, backend="torch")
+    # [I, 3, N]: the contiguous memory behind the view, so that the sum below runs along it.
+    slopes = jacobian.permute(1, 2, 0)
+    return features, lambda grad: (grad.t()[:, None] * slopes).sum(0).t()
 
 
 @dataclass(frozen=True)
@@ -152,7 +209,7 @@ class _Settings:
     def constants(self, inner: Tensor) -> dict[str, int]:
         hidden, features = inner.shape
         padded = max(16, 1 << (hidden - 1).bit_length())
-        return {"LEVELS": count_levels(self.levels), "I": features, "H": hidden, "HIDDEN": padded}
+        return {"LEVELS": count_levels(self.levels), "WIDTH_IN": features, "H": hidden, "HIDDEN": padded}
 
 
 def _programs(points: Tensor, block: int, per_processor: int) -> int:
@@ -204,7 +261,6 @@ def _launch_forward(
     count: Tensor | None,
     settings: _Settings,
     results: Sequence[Tensor | None],
-    launch: Launch = FORWARD,
 ) -> None:
     if not len(points):
         return
@@ -212,10 +268,10 @@ def _launch_forward(
     assert inner is not None
     parameters = field_levels(settings.levels, points.device)
     bias = settings.blob_strength, settings.blob_radius
-    forward_kernel[(_programs(points, launch["BLOCK"], FORWARD_PROGRAMS),)](
+    forward_kernel[(_programs(points, FORWARD["BLOCK"], FORWARD_PROGRAMS),)](
         *(points, entries, parameters, *weights, count, *results, len(points), *bias),
         **settings.constants(inner),
-        **launch.options,
+        **FORWARD.options,
     )
 
 
@@ -223,7 +279,6 @@ def _launch_backward(
     saved: Sequence[Tensor | None],
     upstream: Sequence[Tensor | None],
     settings: _Settings,
-    launch: Launch = BACKWARD,
 ) -> tuple[Tensor | None, ...]:
     """Gradients by the table and the four matrices; None for a colour without a gradient."""
     points, entries, inner, *others = saved
@@ -237,12 +292,12 @@ def _launch_backward(
         grads[3:] = [None, None]
     if len(points):
         parameters = field_levels(settings.levels, points.device)
-        block = launch["GROUPS"] * launch["RUN"]
+        block = BACKWARD["GROUPS"] * BACKWARD["RUN"]
         backward_kernel[(_programs(points, block, BACKWARD_PROGRAMS),)](
             *(points, entries, parameters, *weights, *others[3:], *upstream, *grads, len(points)),
             **settings.constants(inner),
             PAIRS=adds_vectors(points.device),
-            **launch.options,
+            **BACKWARD.options,
         )
     return tuple(grads)
 
@@ -319,8 +374,8 @@ def radiance_field(
     >>> levels = grid_levels(1, 9, 2, 1.0)
     >>> nets = [(torch.zeros(4, 2), torch.zeros(outputs, 4)) for outputs in (1, 3)]
     >>> values = radiance_field(torch.tensor([[0.5, 0.0, 0.0]]), torch.zeros(8, 2), levels, *nets)
-    >>> values.albedo.tolist(), values.normal.tolist()
-    ([[0.5, 0.5, 0.5]], [[1.0, 0.0, 0.0]])
+    >>> values.albedo[0].tolist(), values.normal[0, 0].item()
+    ([0.5, 0.5, 0.5], 1.0)
     """
     _check(points, table, levels, {"density": density, "colour": colour}, count)
     if _takes_kernel(backend, points, table, *density, *colour):
@@ -330,16 +385,16 @@ def radiance_field(
             points.contiguous(), table.contiguous(), *weights, count, settings, with_normal
         )
         return FieldValues(*found)
-    bias = {"blob_strength": blob_strength, "blob_radius": blob_radius}
-    points, valid = _first(points, count)
-    found = radiance_field_reference(points, table, levels, density, colour, **bias, with_normal=with_normal)
-    if valid is None:
-        return found
-    sigma, albedo, normal = found
-    return FieldValues(
-        sigma.where(valid, 0.0),
-        albedo.where(valid[:, None], 0.0),
-        None if normal is None else normal.where(valid[:, None], 0.0),
+    return radiance_field_reference(
+        points,
+        table,
+        levels,
+        density,
+        colour,
+        blob_strength=blob_strength,
+        blob_radius=blob_radius,
+        with_normal=with_normal,
+        count=count,
     )
 
 
@@ -370,15 +425,6 @@ def radiance_density(
         entries = table.to(settings.lookup).contiguous()
         _launch_forward(points.contiguous(), entries, weights, count, settings, (sigma, None, None, None))
         return sigma
-    bias = {"blob_strength": blob_strength, "blob_radius": blob_radius}
-    points, valid = _first(points, count)
-    sigma = radiance_density_reference(points, table, levels, density, **bias)
-    return sigma if valid is None else sigma.where(valid, 0.0)
-
-
-def _first(points: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The points, the origin behind the first ``count`` of them, and a mask [N] of those."""
-    if count is None:
-        return points, None
-    valid = torch.arange(len(points), device=points.device) < count
-    return points.where(valid[:, None], 0.0), valid
+    return radiance_density_reference(
+        points, table, levels, density, blob_strength=blob_strength, blob_radius=blob_radius, count=count
+    )

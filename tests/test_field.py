@@ -27,9 +27,10 @@ from imagedream_rt.engine.nerf import background as background_module
 from imagedream_rt.engine.nerf import encoding
 from imagedream_rt.engine.nerf import field as field_module
 from imagedream_rt.engine.nerf.background import Background, spherical_harmonics
-from imagedream_rt.engine.nerf.field import Field, normalise
+from imagedream_rt.engine.nerf.field import Field
 from imagedream_rt.engine.nerf.shading import ALBEDO, Shading, shade
 from imagedream_rt.kernels.hash_grid import grid_levels
+from imagedream_rt.kernels.radiance_field import normalise
 
 SMALL = FieldConfig(grid=HashGridConfig(levels=3, log2_table=6, base_resolution=2, growth=1.5), hidden=8)
 
