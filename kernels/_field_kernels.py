@@ -48,7 +48,7 @@ def _blob_slope(x, y, z, strength, radius):
     return x * factor, y * factor, z * factor
 
 
-@jit
+@jit(do_not_specialize=("n",))
 def forward_kernel(
     p_points,
     p_table,
@@ -226,7 +226,7 @@ def _scatter(
         cell, m = cell_next, m_next
 
 
-@jit
+@jit(do_not_specialize=("n",))
 def backward_kernel(
     p_points,
     p_table,

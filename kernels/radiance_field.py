@@ -21,7 +21,6 @@ w_c dh_f + 1/2 s_f (grad w_c . dg). There is no gradient by x.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,18 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ._field_kernels import backward_kernel, forward_kernel
-from ._field_network import count_levels, field_levels
-from ._grid_lookup import MOST_NUMBERS, GridLevel, adds_vectors
+from ._field_launch import Settings, launch_backward, launch_forward
+from ._grid_lookup import MOST_NUMBERS, GridLevel
 from ._triton import KernelBackend, use_triton
-from ._tuning import Launch
 from .hash_grid import hash_encode, hash_encode_jacobian
 from .perceptron import perceptron, perceptron_slope
-
-FORWARD = Launch.of(BLOCK=64, warps=4, stages=1)
-BACKWARD = Launch.of(GROUPS=16, RUN=4, warps=4, stages=1)
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4
-"""Programs on each multiprocessor, at least as many as fit."""
 
 MOST_HIDDEN = 128
 
@@ -197,29 +189,6 @@ def _encode(
     return features, lambda grad: (grad.t()[:, None] * slopes).sum(0).t()
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What a call's kernels need beside tensors."""
-
-    levels: tuple[GridLevel, ...]
-    blob_strength: float
-    blob_radius: float
-    lookup: torch.dtype
-
-    def constants(self, inner: Tensor) -> dict[str, int]:
-        hidden, features = inner.shape
-        padded = max(16, 1 << (hidden - 1).bit_length())
-        return {"LEVELS": count_levels(self.levels), "WIDTH_IN": features, "H": hidden, "HIDDEN": padded}
-
-
-def _programs(points: Tensor, block: int, per_processor: int) -> int:
-    """As many programs as run at once: each goes over its share of the blocks."""
-    blocks = -(-len(points) // block)
-    if not points.is_cuda:
-        return min(blocks, 3)
-    return min(blocks, per_processor * torch.cuda.get_device_properties(points.device).multi_processor_count)
-
-
 class _RadianceField(torch.autograd.Function):
     """points [N, 3], table [P, 2], four matrices -> sigma [N], albedo [N, 3], normal [N, 3] or None."""
 
@@ -233,7 +202,7 @@ class _RadianceField(torch.autograd.Function):
         colour_inner: Tensor,
         colour_outer: Tensor,
         count: Tensor | None,
-        settings: _Settings,
+        settings: Settings,
         with_normal: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         entries = table.to(settings.lookup)
@@ -241,7 +210,7 @@ class _RadianceField(torch.autograd.Function):
         sigma, albedo = points.new_empty(len(points)), torch.empty_like(points)
         normal = torch.empty_like(points) if with_normal else None
         inverse = torch.empty_like(sigma) if with_normal and any(ctx.needs_input_grad) else None
-        _launch_forward(points, entries, weights, count, settings, (sigma, albedo, normal, inverse))
+        launch_forward(points, entries, weights, count, settings, (sigma, albedo, normal, inverse))
         ctx.save_for_backward(points, entries, *weights, count, sigma, albedo, normal, inverse)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -250,56 +219,8 @@ class _RadianceField(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        grads = _launch_backward(ctx.saved_tensors, upstream, ctx.settings)
+        grads = launch_backward(ctx.saved_tensors, upstream, ctx.settings)
         return None, *grads, None, None, None
-
-
-def _launch_forward(
-    points: Tensor,
-    entries: Tensor,
-    weights: Sequence[Tensor | None],
-    count: Tensor | None,
-    settings: _Settings,
-    results: Sequence[Tensor | None],
-) -> None:
-    if not len(points):
-        return
-    inner = weights[0]
-    assert inner is not None
-    parameters = field_levels(settings.levels, points.device)
-    bias = settings.blob_strength, settings.blob_radius
-    forward_kernel[(_programs(points, FORWARD["BLOCK"], FORWARD_PROGRAMS),)](
-        *(points, entries, parameters, *weights, count, *results, len(points), *bias),
-        **settings.constants(inner),
-        **FORWARD.options,
-    )
-
-
-def _launch_backward(
-    saved: Sequence[Tensor | None],
-    upstream: Sequence[Tensor | None],
-    settings: _Settings,
-) -> tuple[Tensor | None, ...]:
-    """Gradients by the table and the four matrices; None for a colour without a gradient."""
-    points, entries, inner, *others = saved
-    assert points is not None
-    assert entries is not None
-    assert inner is not None
-    weights = (inner, *others[:3])
-    upstream = [None if grad is None else grad.contiguous() for grad in upstream]
-    grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (entries, *weights)]
-    if upstream[1] is None:
-        grads[3:] = [None, None]
-    if len(points):
-        parameters = field_levels(settings.levels, points.device)
-        block = BACKWARD["GROUPS"] * BACKWARD["RUN"]
-        backward_kernel[(_programs(points, block, BACKWARD_PROGRAMS),)](
-            *(points, entries, parameters, *weights, *others[3:], *upstream, *grads, len(points)),
-            **settings.constants(inner),
-            PAIRS=adds_vectors(points.device),
-            **BACKWARD.options,
-        )
-    return tuple(grads)
 
 
 def _check(
@@ -336,8 +257,8 @@ def _takes_kernel(backend: KernelBackend, points: Tensor, table: Tensor, *weight
 
 def _settings(
     table: Tensor, levels: Sequence[GridLevel], strength: float, radius: float, lookup: torch.dtype | None
-) -> _Settings:
-    return _Settings(tuple(levels), strength, radius, lookup or table.dtype)
+) -> Settings:
+    return Settings(tuple(levels), strength, radius, lookup or table.dtype)
 
 
 def radiance_field(
@@ -423,7 +344,7 @@ def radiance_density(
         sigma = points.new_empty(len(points))
         weights = (*(matrix.contiguous() for matrix in density), None, None)
         entries = table.to(settings.lookup).contiguous()
-        _launch_forward(points.contiguous(), entries, weights, count, settings, (sigma, None, None, None))
+        launch_forward(points.contiguous(), entries, weights, count, settings, (sigma, None, None, None))
         return sigma
     return radiance_density_reference(
         points, table, levels, density, blob_strength=blob_strength, blob_radius=blob_radius, count=count

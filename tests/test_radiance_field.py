@@ -13,6 +13,7 @@ from nerf_references import relative_error, slow_hash_encode
 from torch import Tensor, nn
 
 from imagedream_rt.engine.config import HashGridConfig
+from imagedream_rt.kernels import _field_launch
 from imagedream_rt.kernels import radiance_field as module
 from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.hash_grid import GridLevel, grid_levels
@@ -175,8 +176,8 @@ def test_neighbours_added_together(
     # A walk in small steps: several points in a cell, in a run and across runs.
     x[20:] = x[20] + 0.01 * torch.arange(40, device=kernel_device)[:, None]
     launch = Launch.of(GROUPS=16 // min(run, 2), RUN=run, warps=4, stages=1)
-    monkeypatch.setattr(module, "BACKWARD", launch)
-    monkeypatch.setattr(module, "adds_vectors", lambda _: pairs)
+    monkeypatch.setattr(_field_launch, "BACKWARD", launch)
+    monkeypatch.setattr(_field_launch, "adds_vectors", lambda _: pairs)
     got, wanted = (
         with_gradients(field(x, weights, backend=backend), weights) for backend in ("triton", "torch")
     )
@@ -246,7 +247,9 @@ def test_errors() -> None:
         field(x[:, :2], weights)
     with pytest.raises(ValueError, match=r"need \[104, features\]"):
         field(x, [weights[0][1:], *weights[1:]])
-    with pytest.raises(ValueError, match=r"colour has matrices \(8, 6\) and \(1, 8\);.*\(8, 6\) and \(3, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"colour has matrices \(8, 6\) and \(1, 8\);.*\(8, 6\) and \(3, 8\)"
+    ):
         field(x, [*weights[:4], weights[2]])
     with pytest.raises(ValueError, match=r"density has matrices \(8, 4\)"):
         density(x, [weights[0], weights[1][:, :4], weights[2]])
@@ -270,18 +273,27 @@ NAMES = ("p_points", "p_table", "p_levels", "p_inner", "p_outer", "p_colour_inne
 
 
 def built(names: Sequence[str], table: str) -> dict[str, str]:
-    return {name: {"p_levels": "*i32", "p_count": "*i32", "p_table": table}.get(name, "*fp32") for name in names}
+    return {
+        name: {"p_levels": "*i32", "p_count": "*i32", "p_table": table}.get(name, "*fp32") for name in names
+    }
 
 
 @pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
 @pytest.mark.parametrize("whole", [False, True], ids=["density", "whole"])
 def test_forward_kernel_builds_ahead_of_time(arch: int, whole: bool) -> None:
-    names = (*NAMES[: 7 if whole else 5], "p_count", "p_sigma", *(("p_albedo", "p_normal", "p_inverse") * whole))
+    names = (
+        *NAMES[: 7 if whole else 5],
+        "p_count",
+        "p_sigma",
+        *(("p_albedo", "p_normal", "p_inverse") * whole),
+    )
     arguments = {**built(names, "*fp16"), "n": "i32", "strength": "fp32", "radius": "fp32"}
     absent = {} if whole else dict.fromkeys((*NAMES[5:], "p_albedo", "p_normal", "p_inverse"))
-    launch = module.FORWARD
+    launch = _field_launch.FORWARD
     constants = {**CONSTANTS, **absent, **dict(launch.constants)}
-    compile_ahead("_field_kernels", "forward_kernel", arguments, [constants], arch, warps=launch.warps, stages=1)
+    compile_ahead(
+        "_field_kernels", "forward_kernel", arguments, [constants], arch, warps=launch.warps, stages=1
+    )
 
 
 @pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
@@ -289,9 +301,11 @@ def test_backward_kernel_builds_ahead_of_time(arch: int) -> None:
     names = (*NAMES, "p_count", "p_sigma", "p_albedo", "p_normal", "p_inverse")
     grads = ("sigma", "albedo", "normal", "table", "inner", "outer", "colour_inner", "colour_outer")
     arguments = {**built((*names, *(f"p_grad_{name}" for name in grads)), "*fp32"), "n": "i32"}
-    launch = module.BACKWARD
+    launch = _field_launch.BACKWARD
     constants = {**CONSTANTS, **dict(launch.constants), "PAIRS": arch >= 90}
-    compile_ahead("_field_kernels", "backward_kernel", arguments, [constants], arch, warps=launch.warps, stages=1)
+    compile_ahead(
+        "_field_kernels", "backward_kernel", arguments, [constants], arch, warps=launch.warps, stages=1
+    )
 
 
 OFFICIAL = HashGridConfig()

@@ -1,0 +1,90 @@
+"""How the radiance field's kernels are launched: as many programs as run at once, each over its share of the points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._field_kernels import backward_kernel, forward_kernel
+from ._field_network import count_levels, field_levels
+from ._grid_lookup import GridLevel, adds_vectors
+from ._tuning import Launch
+
+FORWARD = Launch.of(BLOCK=64, warps=4, stages=1)
+BACKWARD = Launch.of(GROUPS=16, RUN=4, warps=8, stages=1)
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 2
+"""Programs on each multiprocessor, at least as many as fit."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call's kernels need beside tensors."""
+
+    levels: tuple[GridLevel, ...]
+    blob_strength: float
+    blob_radius: float
+    lookup: torch.dtype
+
+    def constants(self, inner: Tensor) -> dict[str, int]:
+        hidden, features = inner.shape
+        padded = max(16, 1 << (hidden - 1).bit_length())
+        return {"LEVELS": count_levels(self.levels), "WIDTH_IN": features, "H": hidden, "HIDDEN": padded}
+
+
+def _programs(points: Tensor, block: int, per_processor: int) -> int:
+    """As many programs as run at once: each goes over its share of the blocks."""
+    blocks = -(-len(points) // block)
+    if not points.is_cuda:
+        return min(blocks, 3)
+    return min(blocks, per_processor * torch.cuda.get_device_properties(points.device).multi_processor_count)
+
+
+def launch_forward(
+    points: Tensor,
+    entries: Tensor,
+    weights: Sequence[Tensor | None],
+    count: Tensor | None,
+    settings: Settings,
+    results: Sequence[Tensor | None],
+) -> None:
+    if not len(points):
+        return
+    inner = weights[0]
+    assert inner is not None
+    parameters = field_levels(settings.levels, points.device)
+    bias = settings.blob_strength, settings.blob_radius
+    forward_kernel[(_programs(points, FORWARD["BLOCK"], FORWARD_PROGRAMS),)](
+        *(points, entries, parameters, *weights, count, *results, len(points), *bias),
+        **settings.constants(inner),
+        **FORWARD.options,
+    )
+
+
+def launch_backward(
+    saved: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    settings: Settings,
+) -> tuple[Tensor | None, ...]:
+    """Gradients by the table and the four matrices; None for a colour without a gradient."""
+    points, entries, inner, *others = saved
+    assert points is not None
+    assert entries is not None
+    assert inner is not None
+    weights = (inner, *others[:3])
+    upstream = [None if grad is None else grad.contiguous() for grad in upstream]
+    grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (entries, *weights)]
+    if upstream[1] is None:
+        grads[3:] = [None, None]
+    if len(points):
+        parameters = field_levels(settings.levels, points.device)
+        block = BACKWARD["GROUPS"] * BACKWARD["RUN"]
+        backward_kernel[(_programs(points, block, BACKWARD_PROGRAMS),)](
+            *(points, entries, parameters, *weights, *others[3:], *upstream, *grads, len(points)),
+            **settings.constants(inner),
+            PAIRS=adds_vectors(points.device),
+            **BACKWARD.options,
+        )
+    return tuple(grads)
