@@ -8,6 +8,7 @@ Source: the released code of MVDream and ImageDream (Stable Diffusion 2.1's UNet
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,22 @@ from .layers import GroupNorm, KernelLayer, LayerNorm, normalised_convolution
 GROUPS = 32
 
 
-class Prompt(NamedTuple):
-    """What the transformers see of the prompt; a row serves N / rows consecutive frames."""
+class KeyValues(NamedTuple):
+    """What one cross-attention sees of the prompt; a row serves N / rows consecutive frames."""
 
-    context: Tensor
-    """[rows, L, D] text tokens."""
-    image_tokens: Tensor | None
-    """[rows, n, D], or None for text only."""
+    k_text: Tensor
+    """[rows, L, H, D], as ``v_text``."""
+    v_text: Tensor
+    k_image: Tensor | None
+    """[rows, n, H, D], as ``v_image``; both None for text only."""
+    v_image: Tensor | None
+
+
+class Prompt(NamedTuple):
+    """What the transformers see of the prompt."""
+
+    key_values: Sequence[KeyValues]
+    """By the number of the cross-attention."""
     image_scale: float
     """Weight of the image branch."""
 
@@ -148,6 +158,8 @@ class PromptCrossAttention(KernelLayer):
     def __init__(self, channels: int, context_dim: int, head_dim: int, with_image: bool) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.number = 0
+        """Its place among the network's cross-attentions."""
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
@@ -164,13 +176,15 @@ class PromptCrossAttention(KernelLayer):
         """[rows, n, D] -> keys and values [rows, n, H, head_dim]; constant for a prompt picture."""
         return self._split(self.to_k_ip(image_tokens)), self._split(self.to_v_ip(image_tokens))
 
+    def key_values(self, context: Tensor, image_tokens: Tensor | None) -> KeyValues:
+        """Of text tokens [rows, L, D] and image tokens [rows, n, D]; constant for a prompt."""
+        k_image, v_image = (None, None) if image_tokens is None else self.image_key_value(image_tokens)
+        return KeyValues(*self.text_key_value(context), k_image, v_image)
+
     def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
         """``x`` [N, T, C] -> [N, T, C]."""
         q = self._split(self.to_q(x))
-        k_text, v_text = self.text_key_value(prompt.context)
-        k_image = v_image = None
-        if prompt.image_tokens is not None:
-            k_image, v_image = self.image_key_value(prompt.image_tokens)
+        k_text, v_text, k_image, v_image = prompt.key_values[self.number]
         attended = decoupled_cross_attention(
             q, k_text, v_text, k_image, v_image, prompt.image_scale, self.backend
         )

@@ -20,9 +20,11 @@ from .adaptors import GlobalProjector, LinearProjector, Resampler
 from .blocks import (
     GROUPS,
     Downsample,
+    KeyValues,
     MultiViewSelfAttention,
     MultiViewTransformer,
     Prompt,
+    PromptCrossAttention,
     ResBlock,
     Stage,
     Upsample,
@@ -100,6 +102,9 @@ class MultiViewUNet(nn.Module):
             nn.Conv2d(width, config.out_channels, 3, padding=1),
         )
 
+        for number, layer in enumerate(self._cross_attentions()):
+            layer.number = number
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
@@ -145,6 +150,18 @@ class MultiViewUNet(nn.Module):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
+    def prompt_key_values(self, context: Tensor, image_tokens: Tensor | None = None) -> list[KeyValues]:
+        """Keys and values of every cross-attention, in the order in which they run; constant for a prompt.
+
+        ``context`` [rows, L, D] text tokens, ``image_tokens`` [rows, n, D]; a row serves B * F / rows frames.
+        """
+        context = context.to(self.dtype)
+        tokens = None if image_tokens is None else image_tokens.to(self.dtype)
+        return [layer.key_values(context, tokens) for layer in self._cross_attentions()]
+
+    def _cross_attentions(self) -> list[PromptCrossAttention]:
+        return [module for module in self.modules() if isinstance(module, PromptCrossAttention)]
+
     def embed_image(self, image_hidden: Tensor) -> Tensor:
         """Image tokens [B, n, D] of the picture's features.
 
@@ -170,11 +187,12 @@ class MultiViewUNet(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        context: Tensor,
+        context: Tensor | None,
         camera: Tensor | None = None,
         image_hidden: Tensor | None = None,
         image_latent: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        key_values: Sequence[KeyValues] | None = None,
     ) -> Tensor:
         """Predicted noise of every frame.
 
@@ -184,12 +202,14 @@ class MultiViewUNet(nn.Module):
         Args:
             latents: [B, F, 4, h, w], noisy, scaled; h and w multiples of ``config.downscale``. Not modified.
             timesteps: [B], 0 to 999; all frames of a group share one.
-            context: [B, L, D] text tokens, or [B, F, L, D] for a prompt of its own for each frame.
+            context: [B, L, D] text tokens, or [B, F, L, D] for a prompt of its own for each frame; None with
+                ``key_values``.
             camera: [B, F, 16] row-major camera-to-world matrices with translations of unit length; zeros for
                 the image frame.
             image_hidden: features of the prompt picture, see :meth:`embed_image`.
             image_latent: [B, 4, h, w] clean latent of the prompt picture; replaces the last frame.
             image_tokens: [B, n, D] or [B, F, n, D], already embedded, instead of ``image_hidden``.
+            key_values: what :meth:`prompt_key_values` made of the prompt, in place of context and image.
 
         Returns:
             [B, F, 4, h, w] in the dtype of ``latents``.
@@ -209,7 +229,11 @@ class MultiViewUNet(nn.Module):
         x = latents.to(self.dtype)
         if image_latent is not None:
             x = torch.cat((x[:, :-1], image_latent[:, None].to(self.dtype)), dim=1)
-        prompt = Prompt(self._rows("context", context, latents), image_tokens, self.image_scale)
+        if key_values is None:
+            if context is None:
+                raise InputError("give context, or key_values in its place")
+            key_values = self.prompt_key_values(self._rows("context", context, latents), image_tokens)
+        prompt = Prompt(key_values, self.image_scale)
         return self._denoise(x, self._embedding(timesteps, camera, x.shape[1]), prompt).to(latents.dtype)
 
     def _embedding(self, timesteps: Tensor, camera: Tensor | None, frames: int) -> Tensor:
