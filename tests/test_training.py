@@ -7,12 +7,12 @@ import torch
 
 from imagedream_rt.engine.cameras import orbit_cameras
 from imagedream_rt.engine.errors import InputError
+from imagedream_rt.engine.graphed import GraphedStep
 from imagedream_rt.engine.schedule import alphas_cumprod
 from imagedream_rt.engine.training import nano
 from imagedream_rt.engine.training.codec_trainer import Averages, blurred, codec_loss
 from imagedream_rt.engine.training.dataset import CAMERA, GroupSampler, look_at_origin, signed
 from imagedream_rt.engine.training.denoiser_trainer import Denoiser, LatentPool, denoising_loss, learning_rate
-from imagedream_rt.engine.graphed import GraphedStep
 from imagedream_rt.engine.training.objects import TEST_SEEDS
 from imagedream_rt.engine.training.trainer import Trainer
 from imagedream_rt.engine.weights import load_model
