@@ -41,8 +41,8 @@ class Ball:
         inner = torch.randn(self.hidden, 2 * self.levels, generator=generator) / 2
         outer = torch.randn(1, self.hidden, generator=generator)
         table, inner, outer = (tensor.to(rays[0]) for tensor in (table, inner, outer))
-        bias = {"blob_strength": self.strength, "blob_radius": 0.5}
-        return lit_density(*rays, samples, STOP, table, grid, (inner, outer), **bias, backend=backend)
+        field = (table, grid, (inner, outer))
+        return lit_density(*rays, samples, STOP, *field, blob_strength=self.strength, backend=backend)
 
 
 def scene(rays: int, step: float = 0.1) -> tuple[tuple[Tensor, Tensor], Samples]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from imagedream_rt.kernels.samples import Samples, pack
 FULL = torch.ones(4, 4, 4, dtype=torch.bool)
 
 
-def along(axis: int, start: tuple[float, float, float], sign: float = 1.0) -> tuple[Tensor, Tensor]:
+def along(axis: int, start: Sequence[float], sign: float = 1.0) -> tuple[Tensor, Tensor]:
     direction = torch.zeros(1, 3)
     direction[0, axis] = sign
     return torch.tensor([start]), direction
@@ -87,7 +88,7 @@ def test_against_one_point_at_a_time() -> None:
 def test_axis_parallel_ray(axis: int, sign: float) -> None:
     start = [0.1, 0.1, 0.1]
     start[axis] = -3.0 * sign
-    got = march(*along(axis, tuple(start), sign), FULL, 0.5)
+    got = march(*along(axis, start, sign), FULL, 0.5)
     assert got.t_starts.tolist() == [2.0, 2.5, 3.0, 3.5]
     assert got.t_ends.tolist() == [2.5, 3.0, 3.5, 4.0]
     assert got.packed_info.tolist() == [[0, 4]]

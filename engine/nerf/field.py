@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.lit_density import lit_density
 from ...kernels.radiance_field import (
     Pullback,
     Weights,
@@ -22,6 +23,7 @@ from ...kernels.radiance_field import (
     radiance_density,
     radiance_field,
 )
+from ...kernels.samples import Samples, midpoints
 from ..config import FieldConfig
 from .encoding import EncodingName, hash_grid
 
@@ -87,6 +89,18 @@ class Field(nn.Module):
             if self._fused:
                 return radiance_density(points, self.grid.table, self.grid.levels, weights, **options)
             return evaluate_density(points, self._encode, weights, **options)
+
+    def lit_density(
+        self, origins: Tensor, directions: Tensor, samples: Samples, transmittance_stop: float
+    ) -> Tensor:
+        """Density [N] at the midpoints of samples on rays [R, 3]; behind where so little light is left, it may
+        be zero instead. Without gradient."""
+        weights = self.density_mlp.weights
+        rays = (origins, directions, samples, transmittance_stop)
+        with torch.no_grad(), torch.autocast(origins.device.type, enabled=False):
+            if self._fused:
+                return lit_density(*rays, self.grid.table, self.grid.levels, weights, **self._blob)
+            return self.density(midpoints(origins, directions, samples), samples.count)
 
     def albedo(self, points: Tensor) -> Tensor:
         """Albedo [N, 3] in [0, 1] at points [N, 3]."""

@@ -112,7 +112,7 @@ def sample_rays(
                 config.step_size,
                 None if near is None else near[rows],
             )
-            sigma = field.density(midpoints(origins[rows], directions[rows], found))
+            sigma = field.lit_density(origins[rows], directions[rows], found, config.transmittance_stop)
             found = prune(sigma, found, config.transmittance_stop, alpha_least)
             kept.append(replace(found, ray_indices=found.ray_indices + start))
     samples = kept[0]
@@ -156,7 +156,7 @@ def sample_rays_within(
             near,
             capacity=capacity.candidates,
         )
-        sigma = field.density(midpoints(origins, directions, met), count=met.count)
+        sigma = field.lit_density(origins, directions, met, config.transmittance_stop)
         samples = prune(
             sigma, met, config.transmittance_stop, occupancy.alpha_threshold, capacity=capacity.kept
         )

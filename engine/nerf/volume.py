@@ -43,7 +43,8 @@ TORCH = VolumeBackend(march, composite)
 
 
 def volume_backend(name: VolumeName) -> VolumeBackend:
-    """Marching and compositing by ``torch`` (this package) or ``nerfacc`` (>= 0.5.3, CUDA only).
+    """Marching and compositing by ``torch`` (this package, by its Triton kernels on CUDA devices and plain
+    PyTorch elsewhere) or ``nerfacc`` (>= 0.5.3, CUDA only).
 
     Raises :class:`~..errors.InputError` for another name and :class:`~..errors.MissingDependency` without
     nerfacc.
