@@ -6,6 +6,8 @@ Two plans. "Whole": a program holds a few neighbouring groups of a sample, with 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from ._triton import constant, jit, tl, triton
 from ._tuning import Launch
 
 LOG2_E = constant(1.4426950408889634)
+
+WHOLE_LIMIT = 32768
+"""Most elements of a program's narrowest tile that holds whole groups, times the number of tensors it reads."""
 
 
 @jit
@@ -72,42 +77,36 @@ def shifted(b_x, b_shift):
 def tile_places(
     o_p, o_c, m_c, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Offsets of pixels x channels within a sample, and which of them exist."""
-    o_p, o_c = o_p[:, None], o_c[None, :]
+    """Offsets of pixels x channels within a sample, and which of them exist; EVEN: all pixels do."""
+    o_p, o_c, mask = o_p[:, None], o_c[None, :], m_c[None, :]
     offset = o_p * CHANNELS + o_c if CHANNELS_LAST else o_p + o_c * pixels
-    mask = m_c[None, :]
     if not EVEN:
         mask &= o_p < pixels
     return offset, mask
 
 
 @jit
-def pivot(
-    x,
-    shift,
-    o_p,
-    o_c,
-    mask,
-    pixels,
-    PER_GROUP: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """For each channel its group's first one, at one pixel: what deviations are summed from.
+def load_pivot(x, shift, o_p, o_c, mask, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """x and x + shift at one pixel: what deviations are summed from.
 
-    It lies within the group's values, so that even the worst case, an outlier, costs the variance no more digits
-    than their number has.
+    A pivot lies among the values, so that in the worst case, an outlier, the variance loses no more digits than
+    their number has.
     """
-    o_c = o_c // PER_GROUP * PER_GROUP
-    offset = o_p * CHANNELS + o_c if CHANNELS_LAST else o_c * pixels + o_p
     b_shift = None if shift is None else load_float(shift, o_c, mask)
-    return shifted(tl.load(x + offset, mask=mask, other=0.0), b_shift)
+    b_first = tl.load(
+        x + (o_p * CHANNELS + o_c if CHANNELS_LAST else o_c * pixels + o_p), mask=mask, other=0.0
+    )
+    return b_first, shifted(b_first, b_shift)
 
 
 @jit
-def deviations(x, b_shift, b_pivot, offset, mask, EVEN: tl.constexpr):
-    """x + shift - pivot, zero where nothing is."""
-    b_x = shifted(tl.load(x + offset, mask=mask, other=0.0), b_shift) - b_pivot[None, :]
+def deviations(x, b_shift, b_first, b_pivot, offset, mask, EVEN: tl.constexpr):
+    """x + shift - pivot, zero where no pixel is.
+
+    What a load puts in place of a missing value also keeps the compiler from waiting for one load before it
+    issues the next.
+    """
+    b_x = shifted(tl.load(x + offset, mask=mask, other=b_first[None, :]), b_shift) - b_pivot[None, :]
     return b_x if EVEN else tl.where(mask, b_x, 0.0)
 
 
@@ -126,28 +125,61 @@ def activated(b_z, SILU: tl.constexpr):
 
 
 def whole_candidates(
-    samples: int, channels: int, pixels: int, groups: int, itemsize: int, inputs: int
+    samples: int, channels: int, pixels: int, groups: int, inputs: int, *_: Hashable
 ) -> list[Launch]:
-    """Launches in which a program has whole groups to itself; none where there would be too few programs."""
+    """Launches in which a program has whole groups to itself; none where they are too large.
+
+    Tiles have powers of two as sides: groups of 10, 20, 40 or 80 channels fill them best by threes. Small tiles
+    stay in registers; larger ones are better walked through twice, with the second walk's loads in the cache.
+    """
     per_group, rows = channels // groups, triton.next_power_of_2(pixels)
-    found = []
-    for number in (g for g in (1, 2, 3, 4) if g <= groups):
-        tile = rows * triton.next_power_of_2(number * per_group)
-        for each in (32, 16):
-            warps = max(1, tile * inputs // (32 * each))
-            if warps <= 32:
-                found.append(Launch.of(warps=warps, GROUPS=number, ROWS=rows, STEPS=1, STAGES=1))
-    return found
+    least = min(groups, triton.cdiv(8, per_group))
+
+    def width(number: int) -> int:
+        return triton.next_power_of_2(number * per_group)
+
+    def resident(number: int) -> list[Launch]:
+        warps = [max(1, rows * width(number) * inputs // (32 * values)) for values in (64, 128)]
+        return [Launch.of(warps=w, GROUPS=number, ROWS=rows, STEPS=1, STAGES=1) for w in warps if w <= 16]
+
+    def walked(number: int) -> list[Launch]:
+        part = min(rows, max(1, 4096 // inputs // width(number)))
+        return [
+            Launch.of(warps=warps, GROUPS=number, ROWS=part, STEPS=rows // part, STAGES=stages)
+            for warps, stages in ((8, 1), (4, 3))
+        ]
+
+    tile = rows * width(least) * inputs
+    threes = 3 * least <= groups and width(3 * least) < 2.5 * width(least)
+    numbers = [3 * least, least] if threes else [least]
+    if tile > WHOLE_LIMIT:
+        found = []
+    elif tile > WHOLE_LIMIT // 2:
+        found = [*(launch for number in numbers for launch in walked(number)), *resident(least)[-1:]]
+    elif tile > WHOLE_LIMIT // 4:
+        found = resident(numbers[0]) + walked(numbers[0])
+    else:
+        found = [launch for number in numbers for launch in resident(number)]
+    return list(dict.fromkeys(found))
 
 
 def chunked_candidates(
-    samples: int, channels: int, pixels: int, groups: int, itemsize: int, inputs: int
+    samples: int, channels: int, pixels: int, groups: int, inputs: int, *_: Hashable
 ) -> list[Launch]:
-    """Launches that walk through chunks of pixels: STEPS tiles for the sums, WALK tiles for the result."""
-    per_group = channels // groups
-    number = max(1, min(groups, 128 // per_group))
-    rows = 64 * 128 // triton.next_power_of_2(number * per_group)
-    return [Launch.of(warps=8, GROUPS=number, ROWS=rows, STEPS=4, WALK=2, STAGES=1)]
+    """Launches that walk through chunks of pixels: STEPS tiles for the sums, WALK tiles for the result.
+
+    About two programs for each processor of a large GPU add up; more of them normalise.
+    """
+    per_group, tile = channels // groups, 8192 // inputs
+    programs = 256 * inputs
+    steps = 1 << max(0, round(math.log2(max(1, samples * pixels * channels / (tile * programs)))))
+    found = []
+    for width, warps, stages in ((64, 8, 3), (64, 8, 1), (128, 8, 3), (128, 4, 3), (128, 8, 1)):
+        number = max(1, min(groups, width // per_group))
+        rows = max(1, tile // triton.next_power_of_2(number * per_group))
+        walk = max(1, steps // (2 if stages == 3 else 4))
+        found.append(Launch.of(warps=warps, GROUPS=number, ROWS=rows, STEPS=steps, WALK=walk, STAGES=stages))
+    return list(dict.fromkeys(found))
 
 
 def constants(x: Tensor, groups: int, launch: Launch, steps: int) -> dict[str, Any]:
@@ -173,6 +205,20 @@ def constants(x: Tensor, groups: int, launch: Launch, steps: int) -> dict[str, A
         "num_warps": launch.warps,
         **({"launch_pdl": True} if overlap else {}),
     }
+
+
+def tuning_key(x: Tensor, groups: int, inputs: int) -> tuple[int, int, int, int, int, torch.dtype, str]:
+    """Arguments of the candidates, for a kernel that reads ``inputs`` tensors like x; dtype and layout matter too."""
+    samples, channels, height, width = x.shape
+    layout = "channels_last" if is_channels_last(x) else "contiguous"
+    return samples, channels, height * width, groups, inputs, x.dtype, layout
+
+
+def dense(weight: Tensor, bias: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the kernels read them: neighbouring channels side by side."""
+    if shift is not None and shift.stride(1) != 1:
+        shift = shift.contiguous()
+    return weight.contiguous(), bias.contiguous(), shift
 
 
 def is_channels_last(x: Tensor) -> bool:

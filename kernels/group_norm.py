@@ -17,6 +17,7 @@ Source: Wu and He 2018, "Group Normalization" (arXiv 1803.08494); combining mome
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +28,17 @@ from ._group_tiles import (
     activated,
     chunked_candidates,
     constants,
+    dense,
     deviations,
     is_channels_last,
     load_float,
+    load_pivot,
     over_channels,
     over_groups,
-    pivot,
     program_channels,
     shifted,
     tile_places,
+    tuning_key,
     whole_candidates,
 )
 from ._triton import KernelBackend, jit, tl, triton, use_triton
@@ -97,19 +100,21 @@ def _whole_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     b_shift = None if shift is None else load_float(shift, o_c, m_c)[None, :]
-    b_pivot = pivot(x, shift, 0, o_c, m_c, pixels, PER_GROUP, CHANNELS, CHANNELS_LAST)
+    o_f = o_c // PER_GROUP * PER_GROUP
+    b_first, b_pivot = load_pivot(x, shift, 0, o_f, m_c, pixels, CHANNELS, CHANNELS_LAST)
+    _, b_pivot_g = load_pivot(x, shift, 0, o_g * PER_GROUP, m_g, pixels, CHANNELS, CHANNELS_LAST)
     b_weight, b_bias = load_float(weight, o_c, m_c), load_float(bias, o_c, m_c)
     if STEPS == 1:
         offset, mask = tile_places(tl.arange(0, ROWS), o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
-        b_x = deviations(x, b_shift, b_pivot, offset, mask, EVEN)
+        b_x = deviations(x, b_shift, b_first, b_pivot, offset, mask, EVEN)
         b_sum, b_square = tl.sum(b_x, axis=0), tl.sum(b_x * b_x, axis=0)
     else:
         b_sums = tl.zeros([ROWS, WIDTH], tl.float32)
         b_squares = tl.zeros([ROWS, WIDTH], tl.float32)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             o_p = step * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
-            b_x = deviations(x, b_shift, b_pivot, offset, mask, EVEN)
+            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
+            b_x = deviations(x, b_shift, b_first, b_pivot, offset, mask, EVEN)
             b_sums += b_x
             b_squares += b_x * b_x
         b_sum, b_square = tl.sum(b_sums, axis=0), tl.sum(b_squares, axis=0)
@@ -118,6 +123,9 @@ def _whole_kernel(
     b_mean = over_groups(b_sum, member, PER_GROUP, GROUPS) * share
     b_variance = over_groups(b_square, member, PER_GROUP, GROUPS) * share - b_mean * b_mean
     b_rstd = tl.rsqrt(tl.maximum(b_variance, 0.0) + eps)
+    o_statistics = sample * (CHANNELS // PER_GROUP) + o_g
+    tl.store(mean + o_statistics, b_mean + b_pivot_g, m_g)
+    tl.store(rstd + o_statistics, b_rstd, m_g)
     b_scale = over_channels(b_rstd, member, PER_GROUP, GROUPS) * b_weight
     b_offset = over_channels(b_mean, member, PER_GROUP, GROUPS)
     if STEPS == 1:
@@ -127,14 +135,10 @@ def _whole_kernel(
         b_centre = b_pivot + b_offset
         for step in tl.range(0, STEPS, num_stages=STAGES):
             o_p = (STEPS - 1 - step) * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
+            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
             b_x = shifted(tl.load(x + offset, mask=mask, other=0.0), b_shift)
             b_z = (b_x - b_centre[None, :]) * b_scale[None, :] + b_bias[None, :]
             tl.store(y + offset, activated(b_z, SILU).to(y.dtype.element_ty), mask)
-    b_mean += pivot(x, shift, 0, o_g * PER_GROUP, m_g, pixels, PER_GROUP, CHANNELS, CHANNELS_LAST)
-    o_statistics = sample * (CHANNELS // PER_GROUP) + o_g
-    tl.store(mean + o_statistics, b_mean, m_g)
-    tl.store(rstd + o_statistics, b_rstd, m_g)
 
 
 @jit
@@ -167,13 +171,15 @@ def _moments_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     b_shift = None if shift is None else load_float(shift, o_c, m_c)[None, :]
     first = chunk * (ROWS * STEPS)
-    b_pivot = pivot(x, shift, first, o_c, m_c, pixels, PER_GROUP, CHANNELS, CHANNELS_LAST)
+    o_f = o_c // PER_GROUP * PER_GROUP
+    b_first, b_pivot = load_pivot(x, shift, first, o_f, m_c, pixels, CHANNELS, CHANNELS_LAST)
+    _, b_pivot_g = load_pivot(x, shift, first, o_g * PER_GROUP, m_g, pixels, CHANNELS, CHANNELS_LAST)
     b_sums = tl.zeros([ROWS, WIDTH], tl.float32)
     b_squares = tl.zeros([ROWS, WIDTH], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         o_p = first + step * ROWS + tl.arange(0, ROWS)
-        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
-        b_x = deviations(x, b_shift, b_pivot, offset, mask, EVEN)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
+        b_x = deviations(x, b_shift, b_first, b_pivot, offset, mask, EVEN)
         b_sums += b_x
         b_squares += b_x * b_x
 
@@ -181,7 +187,7 @@ def _moments_kernel(
     b_square = over_groups(tl.sum(b_squares, axis=0), member, PER_GROUP, GROUPS)
     b_mean = b_sum / (tl.minimum(pixels - first, ROWS * STEPS) * PER_GROUP)
     b_square = tl.maximum(b_square - b_sum * b_mean, 0.0)
-    b_mean += pivot(x, shift, first, o_g * PER_GROUP, m_g, pixels, PER_GROUP, CHANNELS, CHANNELS_LAST)
+    b_mean += b_pivot_g
     o_moments = (sample * tl.num_programs(0) + chunk) * (2 * (CHANNELS // PER_GROUP)) + o_g
     tl.store(moments + o_moments, b_mean, m_g)
     tl.store(moments + o_moments + CHANNELS // PER_GROUP, b_square, m_g)
@@ -249,45 +255,31 @@ def _normalise_kernel(
     y += sample.to(tl.int64) * pixels * CHANNELS
     for step in tl.range(0, STEPS, num_stages=STAGES):
         o_p = (part * STEPS + STEPS - 1 - step) * ROWS + tl.arange(0, ROWS)
-        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
         b_x = shifted(tl.load(x + offset, mask=mask, other=0.0), b_shift)
         b_z = (b_x - b_centre) * b_scale + b_bias[None, :]
         tl.store(y + offset, activated(b_z, SILU).to(y.dtype.element_ty), mask, eviction_policy="evict_first")
 
 
-def _run_whole(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    silu: bool,
-    launch: Launch,
-) -> None:
-    (samples, _, height, width), groups = x.shape, mean.shape[1]
-    numbers = (height * width, 0 if shift is None else shift.stride(0), eps)
-    shared = constants(x, groups, launch, launch["STEPS"])
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, weight, bias, shift
+Outputs = tuple[Tensor, Tensor, Tensor]  # y; mean and rstd [N, G]
+
+
+def _run_whole(inputs: Inputs, outputs: Outputs, eps: float, silu: bool, launch: Launch) -> None:
+    (x, _, _, shift), groups = inputs, outputs[1].shape[1]
+    samples, _, height, width = x.shape
     _whole_kernel[(triton.cdiv(groups, launch["GROUPS"]), samples)](
-        x, weight, bias, shift, y, mean, rstd, *numbers, SILU=silu, **shared
+        *inputs,
+        *outputs,
+        *(height * width, 0 if shift is None else shift.stride(0), eps),
+        SILU=silu,
+        **constants(x, groups, launch, launch["STEPS"]),
     )
 
 
-def _run_chunked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    silu: bool,
-    launch: Launch,
-) -> None:
-    (samples, _, height, width), groups = x.shape, mean.shape[1]
+def _run_chunked(inputs: Inputs, outputs: Outputs, eps: float, silu: bool, launch: Launch) -> None:
+    (x, _, _, shift), groups = inputs, outputs[1].shape[1]
+    samples, _, height, width = x.shape
     pixels, stride = height * width, 0 if shift is None else shift.stride(0)
     span, walk = (launch["ROWS"] * launch[steps] for steps in ("STEPS", "WALK"))
     chunks, blocks = triton.cdiv(pixels, span), triton.cdiv(groups, launch["GROUPS"])
@@ -296,7 +288,10 @@ def _run_chunked(
         x, shift, moments, pixels, stride, **constants(x, groups, launch, launch["STEPS"])
     )
     _normalise_kernel[(triton.cdiv(pixels, walk), blocks, samples)](
-        *(x, weight, bias, shift, moments, y, mean, rstd, pixels, stride, eps, chunks, span),
+        *inputs,
+        moments,
+        *outputs,
+        *(pixels, stride, eps, chunks, span),
         SEATS=triton.next_power_of_2(chunks),
         SILU=silu,
         **constants(x, groups, launch, launch["WALK"]),
@@ -312,17 +307,12 @@ def _group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd [N, G] for the backward pass."""
-    samples, channels, height, width = x.shape
-    y = torch.empty_like(x)
-    mean, rstd = (x.new_empty(samples, groups, dtype=torch.float32) for _ in range(2))
-    weight, bias = weight.contiguous(), bias.contiguous()
-    if shift is not None and shift.stride(1) != 1:
-        shift = shift.contiguous()
-    key = (samples, channels, height * width, groups, x.element_size(), 1)
+    mean, rstd = (x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2))
+    inputs, outputs = (x, *dense(weight, bias, shift)), (torch.empty_like(x), mean, rstd)
+    key = tuning_key(x, groups, 1)
     plan, run = (_WHOLE, _run_whole) if whole_candidates(*key) else (_CHUNKED, _run_chunked)
-    arguments = (x, weight, bias, shift, y, mean, rstd, eps, silu)
-    run(*arguments, plan.choose(x.device, key, lambda launch: run(*arguments, launch)))
-    return y, mean, rstd
+    run(inputs, outputs, eps, silu, plan.choose(x.device, key, partial(run, inputs, outputs, eps, silu)))
+    return outputs
 
 
 @_group_norm.register_fake
@@ -334,7 +324,7 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, shift, ctx.groups, _, ctx.silu = inputs
+    x, weight, bias, shift, _, _, ctx.silu = inputs
     ctx.save_for_backward(x, weight, bias, shift, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -385,13 +375,12 @@ def group_norm(
     _check(x, weight, bias, groups, shift)
     if not x.numel():
         return x.clone()
-    dense = is_channels_last(x) or x.is_contiguous()
-    fits = dense and x.numel() < len(x) * 2**31
+    fits = (is_channels_last(x) or x.is_contiguous()) and x.numel() < x.shape[0] * 2**31
     if use_triton(backend, x, weight, bias, shift) and (fits or backend == "triton"):
         if not fits:
             raise ValueError(
-                "backend 'triton' takes x [N, C, H, W] in channels-last or contiguous memory with fewer than 2^31 "
-                f"elements a sample, got shape {tuple(x.shape)} with strides {x.stride()}"
+                "backend 'triton' takes channels-last or contiguous x with fewer than 2^31 elements a sample, got "
+                f"shape {tuple(x.shape)} with strides {x.stride()}"
             )
         return _group_norm(x, weight, bias, shift, groups, eps, silu)[0]
     return group_norm_reference(x, weight, bias, groups=groups, eps=eps, silu=silu, shift=shift)
@@ -404,9 +393,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor |
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
     if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(
-            f"weight and bias must be [{channels}] as x has {channels} channels, got {tuple(weight.shape)} and "
-            f"{tuple(bias.shape)}"
-        )
+        raise ValueError(f"weight and bias must be [{channels}], got {[*weight.shape]} and {[*bias.shape]}")
     if shift is not None and shift.shape != (samples, channels):
         raise ValueError(f"shift must be [{samples}, {channels}], got {tuple(shift.shape)}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from ._group_tiles import (
     chunked_candidates,
     constants,
+    dense,
     gate,
     is_channels_last,
     load_float,
@@ -27,6 +28,7 @@ from ._group_tiles import (
     program_channels,
     shifted,
     tile_places,
+    tuning_key,
     whole_candidates,
 )
 from ._triton import jit, tl, triton
@@ -103,7 +105,7 @@ def _whole_gradient_kernel(
         b_alongs = tl.zeros([ROWS, WIDTH], tl.float32)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             o_p = step * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
+            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
             b_hat, b_grad = tile_gradient(
                 grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU
             )
@@ -126,7 +128,7 @@ def _whole_gradient_kernel(
     else:
         for step in tl.range(0, STEPS, num_stages=STAGES):
             o_p = (STEPS - 1 - step) * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
+            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
             b_hat, b_grad = tile_gradient(
                 grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU
             )
@@ -178,7 +180,7 @@ def _gradient_sums_kernel(
     b_alongs = tl.zeros([ROWS, WIDTH], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         o_p = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
         b_hat, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU)
         b_sums += b_grad
         b_alongs += b_grad * b_hat
@@ -245,48 +247,33 @@ def _gradient_kernel(
     )
     for step in tl.range(0, STEPS, num_stages=STAGES):
         o_p = (part * STEPS + STEPS - 1 - step) * ROWS + tl.arange(0, ROWS)
-        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
         b_hat, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU)
         b_dx = (b_grad * b_weight[None, :] - b_sum - b_hat * b_along) * b_rstd[None, :]
         tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask, eviction_policy="evict_first")
 
 
-def _run_whole(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad_x: Tensor,
-    silu: bool,
-    parameters: bool,
-    launch: Launch,
-) -> Tensor | None:
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+"""Gradient of y, x, weight, bias, shift, mean, rstd."""
+
+
+def _run_whole(inputs: Inputs, grad_x: Tensor, silu: bool, parameters: bool, launch: Launch) -> Tensor | None:
+    _, x, _, _, shift, mean, _ = inputs
     (samples, channels, height, width), groups = x.shape, mean.shape[1]
-    numbers = (height * width, 0 if shift is None else shift.stride(0))
     sums = x.new_empty(samples, 1, 2, channels, dtype=torch.float32) if parameters else None
-    shared = constants(x, groups, launch, launch["STEPS"])
     _whole_gradient_kernel[(triton.cdiv(groups, launch["GROUPS"]), samples)](
-        grad, x, weight, bias, shift, mean, rstd, grad_x, sums, *numbers, SILU=silu, **shared
+        *inputs,
+        *(grad_x, sums, height * width, 0 if shift is None else shift.stride(0)),
+        SILU=silu,
+        **constants(x, groups, launch, launch["STEPS"]),
     )
     return sums
 
 
 def _run_chunked(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad_x: Tensor,
-    silu: bool,
-    parameters: bool,
-    launch: Launch,
+    inputs: Inputs, grad_x: Tensor, silu: bool, parameters: bool, launch: Launch
 ) -> Tensor | None:
+    _, x, _, _, shift, mean, _ = inputs
     (samples, channels, height, width), groups = x.shape, mean.shape[1]
     pixels, stride = height * width, 0 if shift is None else shift.stride(0)
     span, walk = (launch["ROWS"] * launch[steps] for steps in ("STEPS", "WALK"))
@@ -294,12 +281,14 @@ def _run_chunked(
     parts = x.new_empty(samples, chunks, 2, groups, dtype=torch.float32)
     sums = x.new_empty(samples, chunks, 2, channels, dtype=torch.float32) if parameters else None
     _gradient_sums_kernel[(chunks, blocks, samples)](
-        *(grad, x, weight, bias, shift, mean, rstd, parts, sums, pixels, stride),
+        *inputs,
+        *(parts, sums, pixels, stride),
         SILU=silu,
         **constants(x, groups, launch, launch["STEPS"]),
     )
     _gradient_kernel[(triton.cdiv(pixels, walk), blocks, samples)](
-        *(grad, x, weight, bias, shift, mean, rstd, parts, grad_x, pixels, stride, chunks),
+        *inputs,
+        *(parts, grad_x, pixels, stride, chunks),
         SEATS=triton.next_power_of_2(chunks),
         SILU=silu,
         **constants(x, groups, launch, launch["WALK"]),
@@ -327,16 +316,16 @@ def group_norm_gradient(
 
     ``grad`` [N, C, H, W] is that of y; ``mean`` and ``rstd`` [N, G] are the forward pass's.
     """
-    samples, channels, height, width = x.shape
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     grad, grad_x = grad.contiguous(memory_format=layout), torch.empty_like(x)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    if shift is not None and shift.stride(1) != 1:
-        shift = shift.contiguous()
-    key = (samples, channels, height * width, mean.shape[1], x.element_size(), 2)
+    inputs = (grad, x, *dense(weight, bias, shift), mean, rstd)
+    key = tuning_key(x, mean.shape[1], 2)
     plan, run = (_WHOLE, _run_whole) if whole_candidates(*key) else (_CHUNKED, _run_chunked)
-    arguments = (grad, x, weight, bias, shift, mean, rstd, grad_x, silu, parameters)
-    sums = run(*arguments, plan.choose(x.device, key, lambda launch: run(*arguments, launch)))
+
+    def measured(launch: Launch) -> None:
+        run(inputs, grad_x, silu, parameters, launch)
+
+    sums = run(inputs, grad_x, silu, parameters, plan.choose(x.device, key, measured))
     return grad_x, x.new_empty(0, dtype=torch.float32) if sums is None else sums.sum((0, 1))
 
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 from ahead import compile_ahead
 from feature_maps import DTYPES_AND_LAYOUTS, LAYOUTS, SHAPES, Inputs, inputs
-from rounding import assert_close, randn
+from rounding import assert_close, randn, relative_error
 from torch import Tensor
 
 from imagedream_rt.kernels import group_norm_backward as module
 from imagedream_rt.kernels._group_tiles import chunked_candidates, constants, whole_candidates
-from imagedream_rt.kernels._triton import HALF_AND_SINGLE
-from imagedream_rt.kernels._tuning import Launch
+from imagedream_rt.kernels._tuning import Launch, Tuned
 from imagedream_rt.kernels.group_norm import group_norm, group_norm_reference
 
 EPS = 1e-5
@@ -25,6 +24,12 @@ PLANS = {
     "chunked": Launch.of(warps=1, GROUPS=2, ROWS=4, STEPS=2, WALK=3, STAGES=1),
     "chunked, one group": Launch.of(warps=1, GROUPS=1, ROWS=8, STEPS=1, WALK=1, STAGES=1),
 }
+
+
+@pytest.fixture(autouse=True)
+def first_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time goes into tuning, and nothing into its file: every candidate has a test of its own."""
+    monkeypatch.setattr(Tuned, "choose", lambda self, device, key, run: self.candidates(*key)[0])
 
 
 def truth(given: Inputs, cotangent: Tensor, **options: Any) -> list[Tensor]:
@@ -38,9 +43,10 @@ def assert_gradients(found: list[Tensor], wanted: list[Tensor], given: Inputs) -
     for value, source in zip(found, given.leaves(), strict=True):
         assert value.dtype == source.dtype
         assert value.shape == source.shape
+    assert_close(found[0], wanted[0])
+    for value, exact in zip(found[1:3], wanted[1:3], strict=True):
+        assert relative_error(value, exact) <= 1e-5  # float32 sums over all pixels
     # Sums of many roundings: what x's gradient loses shows in shift's, relative to the gradient's own size.
-    for value, exact in zip(found[:3], wanted[:3], strict=True):
-        assert_close(value, exact)
     if given.shift is not None:
         step = torch.finfo(given.x.dtype).eps
         pixels = given.x.shape[2] * given.x.shape[3]
@@ -53,7 +59,7 @@ def assert_gradients(found: list[Tensor], wanted: list[Tensor], given: Inputs) -
 def test_gradients_equal_reference(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: str, kernel_device: torch.device
 ) -> None:
-    for silu, shift in ((False, False), (True, True)):
+    for silu, shift in ((True, True), (False, False)):
         if shift and dtype == torch.bfloat16 and kernel_device.type == "cpu":
             continue  # Triton's interpreter truncates to bfloat16 instead of rounding
         given = inputs(shape, dtype, kernel_device, layout, shift=shift)
@@ -67,7 +73,7 @@ def test_gradients_equal_reference(
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_plan_equals_reference(plan: str, layout: str, kernel_device: torch.device) -> None:
-    for shape, groups in SHAPES[:3]:
+    for shape, groups in SHAPES[:2]:
         given = inputs(shape, torch.float16, kernel_device, layout)
         cotangent = randn(*shape, seed=8).to(given.x).contiguous(memory_format=LAYOUTS[layout])
         found = run_plan(PLANS[plan], given, cotangent, groups=groups, silu=True)
@@ -88,7 +94,7 @@ def run_plan(
     x, weight, bias, shift = (None if tensor is None else tensor.detach() for tensor in given)
     grad_x = torch.full_like(given.x, torch.nan, requires_grad=False)
     run = module._run_chunked if "WALK" in dict(launch.constants) else module._run_whole
-    sums = run(cotangent, x, weight, bias, shift, mean, rstd, grad_x, silu, True, launch)
+    sums = run((cotangent, x, weight, bias, shift, mean, rstd), grad_x, silu, True, launch)
     assert sums is not None
     grad_bias, grad_weight = sums.sum((0, 1))
     return grad_x, grad_weight, grad_bias
@@ -167,7 +173,7 @@ def test_kernels_compile_ahead(kernel: str, arch: int) -> None:
     whole = kernel.startswith("_whole")
     shape = (10, 320, 32, 32) if whole else (4, 128, 256, 256)
     x = torch.empty(shape, dtype=torch.float16, device="meta").contiguous(memory_format=torch.channels_last)
-    key = (shape[0], shape[1], shape[2] * shape[3], 32, 2, 2)
+    key = (shape[0], shape[1], shape[2] * shape[3], 32, 2)
     launch = (whole_candidates(*key) if whole else chunked_candidates(*key))[0]
     given = {**constants(x, 32, launch, launch["STEPS"]), "SILU": True, "PDL": arch >= 90, "SEATS": 64}
     types = {
@@ -182,10 +188,9 @@ def test_kernels_compile_ahead(kernel: str, arch: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
-def test_real_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    given = inputs(shape, dtype, "cuda", shift=False)
+def test_real_shapes(shape: tuple[int, ...]) -> None:
+    given = inputs(shape, torch.float16, "cuda", shift=False)
     cotangent = randn(*shape, seed=8).to(given.x)
     y = given.call(group_norm, eps=EPS, silu=True, backend="triton")
     found = list(torch.autograd.grad(y, given.leaves(), cotangent))
@@ -198,8 +203,8 @@ def test_every_candidate(shape: tuple[int, ...]) -> None:
     given = inputs(shape, torch.float16, "cuda")
     cotangent = randn(*shape, seed=8).to(given.x).contiguous(memory_format=torch.channels_last)
     wanted = truth(given, cotangent, silu=True)
-    key = (shape[0], shape[1], shape[2] * shape[3], 32, 2, 2)
-    launches = [*whole_candidates(*key), *chunked_candidates(*key)]
+    key = (shape[0], shape[1], shape[2] * shape[3], 32, 2)
+    launches = whole_candidates(*key) or chunked_candidates(*key)
     assert len(launches) > 1
     for launch in launches:
         for value, exact in zip(
