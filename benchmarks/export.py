@@ -21,12 +21,12 @@ from ..engine.errors import InputError, MissingDependency
 from ..engine.files import write_json
 from ..engine.model import Controller
 from ..engine.weights import load_model
+from ..export.components import Component, component
 from ..export.flavours import local_architecture
 from ..export.manifest import read_manifest
 from ..export.onnx_check import reference, relative_l2, session
 from ..export.onnx_report import OnnxReport
 from ..export.trt_runtime import Plan
-from ..export.wrappers import Component, component
 from .harness import time_us
 
 NAME = "bench.json"

@@ -60,7 +60,11 @@ PACKAGES: tuple[OptionalPackage, ...] = (
         "a picture without alpha channel needs --keep-background or a cut-out made elsewhere",
     ),
     OptionalPackage(
-        "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "rembg", "rembg's networks", "rembg cannot run"
+        "onnxruntime",
+        ("onnxruntime", "onnxruntime-gpu"),
+        "export",
+        "rembg's networks; checks of exported files",
+        "neither rembg nor export can run",
     ),
     OptionalPackage(
         "xformers",
@@ -94,9 +98,38 @@ PACKAGES: tuple[OptionalPackage, ...] = (
         "on a CUDA device plain PyTorch takes the place of every kernel, and is slower",
     ),
     OptionalPackage("cupy", ("cupy-cuda12x", "cupy-cuda13x", "cupy"), None, None, _UNUSED),
-    OptionalPackage("onnx", ("onnx",), None, None, _UNUSED),
-    OptionalPackage("tensorrt", ("tensorrt",), None, None, _UNUSED),
-    OptionalPackage("tensorrt_rtx", ("tensorrt-rtx", "tensorrt_rtx"), None, None, _UNUSED),
+    OptionalPackage(
+        "onnx",
+        ("onnx",),
+        "export",
+        "ONNX files of the networks: export",
+        "nothing can be exported",
+        on_request=True,
+    ),
+    OptionalPackage(
+        "onnxscript",
+        ("onnxscript",),
+        "export",
+        "PyTorch's ONNX exporter",
+        "nothing can be exported",
+        on_request=True,
+    ),
+    OptionalPackage(
+        "tensorrt",
+        ("tensorrt",),
+        "tensorrt",
+        "plans for the GPU at hand: export --tensorrt tensorrt",
+        "no plans for H100 and other GPUs that tensorrt_rtx does not serve",
+        on_request=True,
+    ),
+    OptionalPackage(
+        "tensorrt_rtx",
+        ("tensorrt-rtx", "tensorrt_rtx"),
+        "tensorrt-rtx",
+        "plans for named GPUs without one: export --sm",
+        "no plans for named GPUs",
+        on_request=True,
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from . import cli_bench, cli_training
+from . import cli_bench, cli_export, cli_training
 from . import cli_options as opt
 from .cli_job import PROGRAM, fusion_config, load_pipeline, prepared_picture, resumable, work
 from .cli_output import MESH_SUFFIXES, print_doctor, print_error, print_info, print_written, set_up_libraries
@@ -267,6 +267,10 @@ def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 app.add_typer(cli_bench.bench, name="bench")
 app.command()(cli_bench.warmup)
+cli_bench.bench.command("export")(cli_export.bench_export)
+app.command()(cli_export.export)
+app.command()(cli_export.refit)
+app.command()(cli_export.verify)
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 

@@ -10,7 +10,7 @@ import typer
 
 from . import cli_options as opt
 from .cli_job import work
-from .cli_output import print_files, print_json
+from .cli_output import Stages, print_files, print_json
 from .errors import InputError
 
 
@@ -72,6 +72,10 @@ def export(
             "--server-repo", help="Folder for a Triton Inference Server repository too.", show_default=False
         ),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Then verify all of it and time the UNet, in report.json, to send."),
+    ] = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -92,12 +96,29 @@ def export(
             server_repo=server_repo,
         )
         made = run(request, on_progress)
+        lines = {**made.lines(), **(_write_report(made.folder, on_progress) if report else {})}
     if as_json:
         print_json(made.figures())
         return
-    print_files(made.lines())
+    print_files(lines)
     for name in made.served:
         print(f"{server_repo}/{name}")
+
+
+def _write_report(folder: Path, on_progress: Stages) -> dict[Path, str]:
+    """Parity and latency on this machine in one file."""
+    from ..benchmarks.export import run as measure
+    from ..export.verify import verify_folder
+    from .files import write_json
+
+    found = verify_folder(folder, on_progress=on_progress)
+    timed = measure(folder) if (folder / "unet.onnx").is_file() else None
+    path = folder / "report.json"
+    write_json(path, {"verify": found.to_dict(), "bench": timed})
+    failed = sum(not finding.passed for finding in found.findings)
+    return {
+        path: f"{len(found.findings)} files compared, {failed} failed, {len(found.skipped)} for other GPUs"
+    }
 
 
 def refit(

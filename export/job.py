@@ -13,6 +13,7 @@ from ..engine._optional import require, version
 from ..engine.checkpoint_files import sha256_of
 from ..engine.files import check_writable_folder, staged
 from ..engine.model import MultiViewModel
+from .components import Component
 from .flavours import TensorRT
 from .manifest import Source
 from .onnx_check import check_file, check_numerics
@@ -20,7 +21,6 @@ from .onnx_graph import require_onnx, write_onnx
 from .onnx_report import OnnxReport, data_path
 from .preflight import GIB, check_disk, check_memory
 from .trt_plan import PlanOptions, build_plan
-from .wrappers import Component
 
 OnStage = Callable[[str, int, int], None]
 """``on_progress(stage, done, total)``; a stage for each component and each plan."""
@@ -41,12 +41,9 @@ def export_onnx(
     require_onnx()
     require("onnxruntime", "export", "to check exported files")
     check_writable_folder(folder)
-    sizes = {component.name: weights_bytes(component) for component in components}
-    check_disk(folder, int(1.1 * sum(sizes.values())) + 64 * 2**20, "the export")
-    largest = max(components, key=lambda component: sizes[component.name])
-    # The graph's weights, the reference in float32, onnxruntime's copy, and what computing takes.
-    parameters = sum(x.numel() for x in largest.module.parameters())
-    check_memory(sizes[largest.name] + 8 * parameters + GIB // 2, f"the export of {largest.name}")
+    check_disk(folder, int(1.1 * sum(map(weights_bytes, components))) + 64 * 2**20, "the export")
+    needed, name = max((memory_bytes(component), component.name) for component in components)
+    check_memory(needed, f"the export of {name}")
     return [_export_one(model, component, folder, on_progress) for component in components]
 
 
@@ -128,6 +125,13 @@ def described(model: MultiViewModel, source: Source) -> dict[str, str]:
 def weights_bytes(component: Component) -> int:
     """Of what the graph holds; a module may have parameters that it does not."""
     return sum(x.numel() * x.element_size() for x in component.module.parameters())
+
+
+def memory_bytes(component: Component) -> int:
+    """What an export takes: the module, the file and onnxruntime's float32 copy, and four times the scores of two
+    rows."""
+    parameters = sum(x.numel() for x in component.module.parameters())
+    return 2 * weights_bytes(component) + 4 * parameters + 2 * 4 * 4 * component.scores + GIB
 
 
 def node_counts(path: Path) -> dict[str, int]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..engine._optional import require, version
-from .wrappers import BATCH, MAX_BATCH, Component
+from .components import BATCH, MAX_BATCH, Component
 
 OPSET = 22
 PREFIX = "imagedream_rt."
@@ -53,7 +53,7 @@ def write_onnx(component: Component, path: Path, metadata: Mapping[str, str]) ->
 
     generator = torch.Generator().manual_seed(0)
     # Two rows: a size of one would be taken for a constant.
-    arguments = component.example(2, generator)
+    arguments = tuple(component.arguments(component.example(2, generator)))
     shapes = torch.export.ShapesCollection()
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
     for argument in arguments:
@@ -67,7 +67,7 @@ def write_onnx(component: Component, path: Path, metadata: Mapping[str, str]) ->
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[spec.name for spec in component.inputs],
+            input_names=[f"input {at}" for at in range(len(arguments))],
             output_names=[spec.name for spec in component.outputs],
             custom_translation_table=_attention_table(),
             optimize=False,
@@ -78,6 +78,7 @@ def write_onnx(component: Component, path: Path, metadata: Mapping[str, str]) ->
         fold_weights(exported.model)
         with _weights_hidden(graph):
             exported.optimize()
+    name_inputs(graph, component)
     for value, spec in zip(
         (*graph.inputs, *graph.outputs), (*component.inputs, *component.outputs), strict=True
     ):
@@ -122,6 +123,27 @@ def read_metadata(path: Path) -> dict[str, Any]:
             name = entry.key.removeprefix(PREFIX)
             found[name] = json.loads(entry.value) if name in _JSON else entry.value
     return found
+
+
+def name_inputs(graph: Any, component: Component) -> None:
+    """Give the inputs their names; those that were joined for tracing come apart."""
+    import onnx_ir as ir
+
+    specs = {spec.name: spec for spec in component.inputs}
+    grouped = {name for group in component.together for name in group}
+    plain = [name for name in specs if name not in grouped]
+    for value, name in zip(list(graph.inputs), (*plain, *component.together), strict=True):
+        if isinstance(name, str):
+            value.name = name
+            continue
+        (split,) = (use.node for use in value.uses())
+        assert split.op_type == "Split"
+        for output, part in zip(split.outputs, name, strict=True):
+            apart = ir.Value(name=part, type=value.type, shape=ir.Shape(specs[part].dims(BATCH)))
+            ir.convenience.replace_all_uses_with(output, apart)
+            graph.inputs.append(apart)
+        graph.remove(split, safe=True)
+        graph.inputs.remove(value)
 
 
 def fold_weights(model: Any) -> None:

@@ -13,12 +13,12 @@ from ..engine.errors import InputError
 from ..engine.files import staged
 from ..engine.model import Controller, MultiViewModel
 from ..engine.weights import load_model
+from .components import component
 from .job import source_of
 from .manifest import read_manifest
 from .onnx_graph import parameters_of
 from .preflight import check_disk
 from .trt_runtime import open_engine, refit_engine
-from .wrappers import component
 
 
 def refit_plan(plan: Path, model: MultiViewModel, output: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 from ..engine.errors import InputError
 from ..engine.model import Controller
 from ..engine.weights import load_model
+from .components import COMPONENTS, chosen
 from .flavours import check_architectures, load_tensorrt, pick_flavour
 from .job import OnStage, export_onnx, export_plans
 from .manifest import read_manifest
@@ -18,7 +19,6 @@ from .onnx_check import check_file
 from .onnx_report import OnnxReport
 from .server_repo import write_server_repo
 from .trt_plan import PlanOptions
-from .wrappers import COMPONENTS, chosen
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FOLDER = Path("out/export")
@@ -50,6 +50,10 @@ class Exported:
     plans: list[Path]
     served: list[str]
     """Models in the server repository."""
+
+    @property
+    def folder(self) -> Path:
+        return self.onnx[0].parent
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready: what each file was found to be."""

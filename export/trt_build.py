@@ -206,13 +206,12 @@ def named_layers(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def peak_bytes() -> int | None:
-    """Greatest memory of this process, where the system tells it."""
+    """Greatest memory of this process, where the system tells it (``getrusage`` would count the parent's, too)."""
     try:
-        import resource
-    except ImportError:  # Windows
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def say(**event: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from ..engine.checkpoint_files import sha256_of
 from ..engine.errors import ImageDreamError, InputError
 from ..engine.files import staged
+from .components import MAX_BATCH
 from .flavours import TensorRT
 from .manifest import PlanManifest
 from .onnx_check import check_file
@@ -22,7 +23,6 @@ from .onnx_graph import parameter_of, read_metadata
 from .onnx_report import AGAIN, OnnxReport, data_path
 from .preflight import GIB, check_disk, check_memory
 from .trt_build import BuildJob
-from .wrappers import MAX_BATCH
 
 Share = Callable[[float], None]
 """Told the share of a build that is done, 0 to 1."""

@@ -15,13 +15,13 @@ from ..engine.errors import ImageDreamError, InputError
 from ..engine.files import write_json
 from ..engine.model import Controller, MultiViewModel
 from ..engine.weights import load_model
+from .components import Component, component
 from .flavours import local_architecture
 from .job import OnStage
 from .manifest import Source, read_manifest
 from .onnx_check import check_file, check_numerics, reference, relative_l2
 from .onnx_report import OnnxReport
 from .trt_runtime import Plan, Workspace
-from .wrappers import Component, component
 
 NAME = "verify.json"
 PLAN_BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}

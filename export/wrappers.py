@@ -1,80 +1,16 @@
-"""The parts of a model that are exported: modules of flat tensors, with their inputs and outputs as data.
-
-A component's floating inputs and outputs have the dtype of the model, so that whoever runs it binds device memory as
-it is. The first axis of every input and output is the batch, the one symbolic size; all others are the model's own.
-Names are those that NVIDIA's and Hugging Face's exports of Stable Diffusion use.
-"""
+"""The modules of flat tensors that are exported: the engine's networks without anything but tensors around them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..engine.errors import InputError
-from ..engine.model import MultiViewModel
-from ..engine.schedule import TRAIN_STEPS
+from ..engine.blocks import KeyValues, PromptCrossAttention
 from ..engine.text import TextEncoder
 from ..engine.unet import MultiViewUNet
 from ..engine.vae import LatentCodec
 from ..engine.vision import VisionEncoder
-
-BATCH = "batch"
-"""Name of the symbolic axis."""
-MAX_BATCH = 32
-"""Greatest batch that the graphs are traced for. The VAE takes another road, to the same numbers, from 64 on."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """An input or output: ``shape`` is what follows the batch axis."""
-
-    name: str
-    shape: tuple[int, ...]
-    below: int | None = None
-    """Integers (int64) from zero to below this; None for a floating tensor."""
-    scale: float = 1.0
-    """Standard deviation that a floating input has in use."""
-    zero: bool = False
-    """The unconditional branch is told nothing by zeros here."""
-
-    def dims(self, batch: int | str) -> list[int | str]:
-        return [batch, *self.shape]
-
-    def dtype(self, floating: torch.dtype) -> torch.dtype:
-        return floating if self.below is None else torch.int64
-
-
-@dataclass(frozen=True)
-class Component:
-    """One graph to export."""
-
-    name: str
-    module: nn.Module
-    """Takes the inputs in order, and returns the outputs, one tensor or a tuple."""
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    batch: int
-    """What the engine calls it with."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    def example(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Random inputs of the distribution in use, in the component's dtype."""
-        return tuple(draw(spec, batch, self.dtype, generator) for spec in self.inputs)
-
-
-def draw(spec: TensorSpec, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A random input: uniform integers, or normal numbers of the scale in use."""
-    shape = (batch, *spec.shape)
-    if spec.below is not None:
-        return torch.randint(spec.below, shape, generator=generator)
-    return (torch.randn(shape, generator=generator) * spec.scale).to(dtype)
 
 
 class FullUNet(nn.Module):
@@ -95,6 +31,58 @@ class FullUNet(nn.Module):
             image_latent=given.get("image_latent"),
             image_tokens=given.get("image_tokens"),
         )
+
+
+class CachedUNet(nn.Module):
+    """The UNet from keys and values of every cross-attention, which are constant for a prompt: for the loop.
+
+    Takes the tensors of ``names``, then keys and values of text, and of the image if there is one, each joined on the
+    last axis, [rows, L, C].
+    """
+
+    def __init__(self, unet: MultiViewUNet, names: Sequence[str]) -> None:
+        super().__init__()
+        self.unet = unet
+        self.names = tuple(names)
+        self.widths = [width for width in cross_attention_widths(unet) for _ in "kv"]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        given = dict(zip(self.names, inputs, strict=False))
+        pairs = [self._pairs(joined) for joined in inputs[len(self.names) :]]
+        key_values = [
+            KeyValues(*text, *(pairs[1][at] if len(pairs) > 1 else (None, None)))
+            for at, text in enumerate(pairs[0])
+        ]
+        return self.unet(
+            given["sample"],
+            given["timestep"],
+            None,
+            camera=given["camera"],
+            image_latent=given.get("image_latent"),
+            key_values=key_values,
+        )
+
+    def _pairs(self, joined: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(keys, values) of each layer, [rows, L, H, D]."""
+        heads = (-1, self.unet.config.head_dim)
+        parts = [part.unflatten(-1, heads) for part in joined.split(self.widths, dim=-1)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+class PromptKeyValues(nn.Module):
+    """What :class:`CachedUNet` takes, of context and image tokens."""
+
+    def __init__(self, unet: MultiViewUNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, encoder_hidden_states: Tensor, image_tokens: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        found = self.unet.prompt_key_values(encoder_hidden_states, image_tokens)
+        text = [tensor.flatten(2) for layer in found for tensor in layer[:2]]
+        image = [tensor.flatten(2) for layer in found for tensor in layer[2:] if tensor is not None]
+        return (*text, *image)
 
 
 class ImageAdaptor(nn.Module):
@@ -153,124 +141,7 @@ class TextTower(nn.Module):
         return self.text.context(input_ids)
 
 
-COMPONENTS = (
-    "unet",
-    "image_adaptor",
-    "vae_encoder",
-    "vae_decoder",
-    "image_encoder",
-    "text_encoder",
-)
-"""In the order in which they are exported; those that a checkpoint lacks are left out."""
-
-
-def component(model: MultiViewModel, name: str) -> Component | None:
-    """The component ``name`` of :data:`COMPONENTS`, or None if the model has none (text-only models).
-
-    Raises :class:`InputError` for an unknown name.
-    """
-    builders = {
-        "unet": _unet,
-        "image_adaptor": _image_adaptor,
-        "vae_encoder": _vae_encoder,
-        "vae_decoder": _vae_decoder,
-        "image_encoder": _image_encoder,
-        "text_encoder": _text_encoder,
-    }
-    if name not in builders:
-        raise InputError(f"unknown component {name!r}; the components are {', '.join(COMPONENTS)}")
-    return builders[name](model)
-
-
-def chosen(names: Sequence[str] | None, model: MultiViewModel) -> list[Component]:
-    """The components ``names``, or all that the model has.
-
-    Raises :class:`InputError` for an unknown name, or one that this model has not.
-    """
-    found = []
-    for name in names or COMPONENTS:
-        part = component(model, name)
-        if part is not None:
-            found.append(part)
-        elif names:
-            raise InputError(f"{model.card.name} is conditioned on text alone and has no {name}")
-    return found
-
-
-def _tokens(model: MultiViewModel) -> int:
-    """How many image tokens the adaptor makes."""
-    config = model.unet.config
-    return _hidden_tokens(model) if config.image_adaptor == "linear" else config.image_tokens
-
-
-def _hidden_tokens(model: MultiViewModel) -> int:
-    assert model.vision is not None
-    config: Any = model.vision.model.config
-    return (config.image_size // config.patch_size) ** 2 + 1
-
-
-def _features(model: MultiViewModel) -> TensorSpec:
-    width = model.unet.config.image_dim
-    if model.unet.config.image_adaptor == "global":
-        return TensorSpec("image_hidden", (width,), scale=width**-0.5, zero=True)
-    return TensorSpec("image_hidden", (_hidden_tokens(model), width), zero=True)
-
-
-def _latent(name: str, model: MultiViewModel, *, frames: bool = False, zero: bool = False) -> TensorSpec:
-    side = model.latent_px
-    leading = (model.frames,) if frames else ()
-    return TensorSpec(name, (*leading, model.unet.config.in_channels, side, side), zero=zero)
-
-
-def _unet(model: MultiViewModel) -> Component:
-    config = model.unet.config
-    inputs = [
-        _latent("sample", model, frames=True),
-        TensorSpec("timestep", (), below=TRAIN_STEPS),
-        TensorSpec("encoder_hidden_states", (model.text.length, config.context_dim)),
-        TensorSpec("camera", (model.frames, config.camera_dim), scale=0.5),
-    ]
-    if config.with_image:
-        inputs.append(TensorSpec("image_tokens", (_tokens(model), config.context_dim)))
-    if model.card.controller == "pixel":
-        inputs.append(_latent("image_latent", model, zero=True))
-    module = FullUNet(model.unet, [spec.name for spec in inputs])
-    return Component("unet", module, tuple(inputs), (_latent("latent", model, frames=True),), batch=2)
-
-
-def _image_adaptor(model: MultiViewModel) -> Component | None:
-    config = model.unet.config
-    if not config.with_image:
-        return None
-    tokens = TensorSpec("image_tokens", (_tokens(model), config.context_dim))
-    return Component("image_adaptor", ImageAdaptor(model.unet), (_features(model),), (tokens,), batch=1)
-
-
-def _vae_encoder(model: MultiViewModel) -> Component:
-    side = model.card.picture_px
-    pictures = TensorSpec("images", (3, side, side), scale=0.5)
-    outputs = (_latent("mean", model), _latent("std", model))
-    return Component("vae_encoder", VAEEncoder(model.vae), (pictures,), outputs, batch=1)
-
-
-def _vae_decoder(model: MultiViewModel) -> Component:
-    side = model.card.picture_px
-    pictures = TensorSpec("images", (3, side, side))
-    return Component("vae_decoder", VAEDecoder(model.vae), (_latent("latent", model),), (pictures,), batch=4)
-
-
-def _image_encoder(model: MultiViewModel) -> Component | None:
-    if model.vision is None:
-        return None
-    px = model.vision.image_px
-    pooled = model.unet.config.image_adaptor == "global"
-    module = ImageEncoder(model.vision, pooled)
-    return Component(
-        "image_encoder", module, (TensorSpec("pixel_values", (3, px, px)),), (_features(model),), batch=1
-    )
-
-
-def _text_encoder(model: MultiViewModel) -> Component:
-    ids = TensorSpec("input_ids", (model.text.length,), below=int(model.text.model.config.vocab_size))
-    context = TensorSpec("text_embeddings", (model.text.length, model.unet.config.context_dim))
-    return Component("text_encoder", TextTower(model.text), (ids,), (context,), batch=2)
+def cross_attention_widths(unet: MultiViewUNet) -> list[int]:
+    """Channels of each cross-attention, in the order in which they run."""
+    layers = (module for module in unet.modules() if isinstance(module, PromptCrossAttention))
+    return [layer.to_q.out_features for layer in layers]

@@ -14,8 +14,8 @@ import torch
 from imagedream_rt.engine.model import Controller, MultiViewModel
 from imagedream_rt.engine.unet import MultiViewUNet
 from imagedream_rt.engine.weights import load_model
+from imagedream_rt.export.components import chosen
 from imagedream_rt.export.job import export_onnx
-from imagedream_rt.export.wrappers import chosen
 
 
 @cache

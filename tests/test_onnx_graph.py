@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from imagedream_rt.engine.errors import InputError
 from imagedream_rt.engine.model import Controller
+from imagedream_rt.export.components import component
 from imagedream_rt.export.onnx_check import check_file, relative_l2, session
 from imagedream_rt.export.onnx_graph import (
     HIDDEN,
@@ -22,7 +23,6 @@ from imagedream_rt.export.onnx_graph import (
     read_metadata,
 )
 from imagedream_rt.export.onnx_report import OnnxReport
-from imagedream_rt.export.wrappers import component
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -61,6 +61,16 @@ def test_unet_of_every_controller(controller: Controller, more: list[str], frame
     with torch.no_grad():
         wanted = part.module(*inputs)
     assert relative_l2(session(path)(inputs)[0], wanted) <= 1e-4
+
+
+def test_cached_form_takes_keys_and_values() -> None:
+    graph = onnx.load(exported("unet_cached"), load_external_data=False).graph
+    shapes = {value.name: dims(value) for value in graph.input}
+    assert list(shapes)[:4] == ["sample", "timestep", "camera", "image_latent"]
+    assert shapes["key_text_00"] == shapes["value_text_03"] == ["batch", 77, 64]
+    assert shapes["key_image_00"] == shapes["value_image_03"] == ["batch", 4, 64]
+    assert len(shapes) == 4 + 16
+    assert OnnxReport.read(exported("unet_cached")).check["worst"] <= 1e-4
 
 
 def test_no_size_but_those_of_the_model_is_baked_in() -> None:

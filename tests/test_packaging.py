@@ -251,7 +251,10 @@ def test_no_optional_package_at_import(path: Path) -> None:
         "cupy",
         "rembg",
         "onnxruntime",
+        "onnxscript",
+        "onnx_ir",
         "tensorrt",
+        "tensorrt_rtx",
         "onnx",
     }
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))

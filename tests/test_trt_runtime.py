@@ -19,12 +19,12 @@ from test_manifest import make_manifest
 from imagedream_rt.engine.errors import ImageDreamError, InputError
 from imagedream_rt.engine.sampler import denoise
 from imagedream_rt.export import plan_model, refit, trt_runtime
+from imagedream_rt.export.components import component
 from imagedream_rt.export.manifest import PlanManifest, Source, read_manifest
 from imagedream_rt.export.plan_model import PlanUNet, with_plans
 from imagedream_rt.export.refit import refit_plan
 from imagedream_rt.export.trt_plan import this_platform, weights_map
 from imagedream_rt.export.trt_runtime import Plan, Workspace
-from imagedream_rt.export.wrappers import component
 
 SPEC = {"name": "sample", "shape": ["batch", 3], "dtype": "float32"}
 OUT = {"name": "latent", "shape": ["batch", 3], "dtype": "float32"}
