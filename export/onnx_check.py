@@ -211,6 +211,9 @@ def session(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     # Memory goes back at once: attention alone takes gigabytes here, where nothing fuses it.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
+    options.execution_order = (
+        ort.ExecutionOrder.PRIORITY_BASED
+    )  # the default keeps all that is probed to the end
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         opened = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -237,7 +237,9 @@ def named_weight(name: str, parameters: Mapping[str, Tensor]) -> Tensor | None:
 
 def _attention_table() -> dict[Any, Any]:
     import onnx_ir as ir
-    from onnxscript import opset22 as op
+    from onnxscript import opset22
+
+    op: Any = opset22  # its annotations know no dtype that is found out while translating
 
     def attention(
         query: Any,

@@ -31,8 +31,20 @@ class PlanUNet(nn.Module):
         if unet.config.with_image:
             self.image_embed = unet.image_embed
 
-    embed_image = MultiViewUNet.embed_image
-    dtype = MultiViewUNet.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def embed_image(self, image_hidden: Tensor) -> Tensor:
+        """As :meth:`MultiViewUNet.embed_image`."""
+        return MultiViewUNet.embed_image(self, image_hidden)  # type: ignore[arg-type]
+
+    def use_attention_backend(self, backend: str) -> None:
+        """The plan has its own attention. Raises :class:`InputError` for any other than ``auto``."""
+        if backend != "auto":
+            raise InputError(
+                f"attention {backend!r} cannot be chosen with plans, which have their own; leave it out"
+            )
 
     def forward(
         self,

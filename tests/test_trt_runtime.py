@@ -17,6 +17,7 @@ from fake_tensorrt import SCRATCH, VERSION, Refitter, Runtime, fake_tensorrt
 from test_manifest import make_manifest
 
 from imagedream_rt.engine.errors import ImageDreamError, InputError
+from imagedream_rt.engine.pipeline import ImageTo3D
 from imagedream_rt.engine.sampler import denoise
 from imagedream_rt.export import plan_model, refit, trt_runtime
 from imagedream_rt.export.components import component
@@ -213,6 +214,14 @@ def test_model_with_plans_denoises(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match="needs image_latent"):
         denoise(model, latents, torch.tensor(500), torch.randn(4, 16), conditioning, None)  # type: ignore[arg-type]
+
+
+def test_pipeline_takes_a_model_with_plans(tmp_path: Path) -> None:
+    unet_plan(tmp_path)
+    model = with_plans(small_model("pixel"), tmp_path)
+    assert ImageTo3D(model).model is model
+    with pytest.raises(InputError, match="attention 'torch' cannot be chosen with plans"):
+        ImageTo3D(model, attention="torch")
 
 
 def test_model_with_plans_of_another_checkpoint(tmp_path: Path) -> None:
