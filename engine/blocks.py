@@ -33,6 +33,10 @@ class KeyValues(NamedTuple):
     """[rows, n, H, D], as ``v_image``; both None for text only."""
     v_image: Tensor | None
 
+    def rows(self, count: int) -> KeyValues:
+        """The first rows alone."""
+        return KeyValues(*(None if x is None else x[:count] for x in self))  # type: ignore[arg-type]
+
 
 class Prompt(NamedTuple):
     """What the transformers see of the prompt."""

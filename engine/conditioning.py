@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .blocks import KeyValues
 from .errors import InputError
 from .model import MultiViewModel
 from .picture import PreparedPicture, composite
@@ -33,6 +34,8 @@ class Conditioning:
     image_mean: torch.Tensor | None
     """[1, 4, h, w], with ``image_std`` the unscaled VAE posterior of the prompt; ``pixel`` only."""
     image_std: torch.Tensor | None
+    key_values: Sequence[KeyValues] | None = None
+    """What every cross-attention of the UNet makes of context and image tokens, where that is known already."""
 
     def image_latent(self, noise: torch.Tensor, codec: LatentCodec) -> torch.Tensor | None:
         """The clean frames [R, 4, h, w], scaled: a posterior sample, then zeros for the unconditional row.
@@ -47,7 +50,8 @@ class Conditioning:
     def conditional(self) -> Conditioning:
         """The first row alone, for denoising without guidance."""
         tokens = None if self.image_tokens is None else self.image_tokens[:1]
-        return Conditioning(self.context[:1], tokens, self.image_mean, self.image_std)
+        key_values = None if self.key_values is None else [layer.rows(1) for layer in self.key_values]
+        return Conditioning(self.context[:1], tokens, self.image_mean, self.image_std, key_values)
 
 
 class Conditioner:

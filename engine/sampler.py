@@ -46,13 +46,16 @@ def denoise(
             None if per_row is None else per_row[:, None].expand(-1, groups, *per_row.shape[1:]).flatten(0, 1)
         )
 
+    # Keys and values need no copy for every group: one row serves all frames of its groups, which lie together.
+    known = conditioning.key_values is not None
     eps = model.unet(
         each_row(frames),
         t.expand(rows * groups),
-        each_group(conditioning.context),
+        None if known else each_group(conditioning.context),
         camera=each_row(cameras),
         image_latent=each_group(image_latent),
-        image_tokens=each_group(conditioning.image_tokens),
+        image_tokens=None if known else each_group(conditioning.image_tokens),
+        key_values=conditioning.key_values,
     )
     return eps[:, :VIEWS].reshape(rows, *latents.shape)
 

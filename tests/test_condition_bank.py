@@ -21,7 +21,8 @@ from imagedream_rt.engine.weights import load_model
 def pair(controller: Controller) -> tuple[Conditioner, GreyBank]:
     model = load_model("random:tiny", controller=controller, device="cpu")
     rgba = np.random.default_rng(0).integers(0, 256, (48, 48, 4), dtype=np.uint8)
-    conditioner = Conditioner(model, PreparedPicture(rgba), "a cat", "ugly")
+    picture = None if controller == "none" else PreparedPicture(rgba)
+    conditioner = Conditioner(model, picture, "a cat", "ugly")
     return conditioner, GreyBank(conditioner)
 
 
@@ -39,6 +40,23 @@ def test_bank_equals_conditioner(controller: Controller, grey: float):
             assert one is None
         else:
             torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("controller", ["pixel", "local", "none"])
+def test_keys_and_values_are_those_of_the_conditions(controller: Controller):
+    conditioner, bank = pair(controller)
+    for level in (0, 200, 31):
+        found = bank.at_level(torch.tensor([level]))
+        assert found.key_values is not None
+        expected = conditioner.model.unet.prompt_key_values(found.context, found.image_tokens)
+        for one, other in zip(found.key_values, expected, strict=True):
+            for x, y in zip(one, other, strict=True):
+                assert (x is None) == (y is None)
+                if x is not None and y is not None:
+                    torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-4)
+        alone = found.conditional().key_values
+        assert alone is not None
+        assert torch.equal(alone[0].k_text, found.key_values[0].k_text[:1])
 
 
 def test_levels_differ_and_progress_is_told():
