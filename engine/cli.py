@@ -92,6 +92,7 @@ def generate(
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
     attention: opt.Attention = "auto",
+    plans: opt.Plans = None,
     encoding: opt.Encoding = "torch",
     volume: opt.Volume = "torch",
     keep_background: opt.KeepBackground = False,
@@ -106,7 +107,7 @@ def generate(
     with work(debug) as on_progress:
         fusion_config(None, preset, steps, guidance_scale)
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume)
+        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume, plans)
         with resumable(output, checkpoint, resume) as state:
             asset = pipe.generate(
                 prepared,
@@ -141,6 +142,7 @@ def views(
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
     attention: opt.Attention = "auto",
+    plans: opt.Plans = None,
     keep_background: opt.KeepBackground = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -148,7 +150,7 @@ def views(
     """Four views of the object (front, 90, 180, 270 degrees), to choose a seed before a fusion."""
     with work(debug) as on_progress:
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype, attention)
+        pipe = load_pipeline(model, controller, device, dtype, attention, plans=plans)
         result = pipe.views(
             prepared,
             prompt,
@@ -179,6 +181,7 @@ def fuse(
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
     attention: opt.Attention = "auto",
+    plans: opt.Plans = None,
     encoding: opt.Encoding = "torch",
     volume: opt.Volume = "torch",
     keep_background: opt.KeepBackground = False,
@@ -191,7 +194,7 @@ def fuse(
     with work(debug) as on_progress:
         fusion_config(None, preset, steps, guidance_scale)
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume)
+        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume, plans)
         with resumable(output, checkpoint, resume) as state:
             fused = pipe.fuse(
                 prepared,

@@ -56,7 +56,9 @@ def load_pipeline(
     attention: str,
     encoding: str = "torch",
     volume: str = "torch",
+    plans: Path | None = None,
 ) -> ImageTo3D:
+    """With ``plans`` the networks that have one there run as TensorRT plans."""
     import torch
 
     from .pipeline import ImageTo3D
@@ -65,7 +67,7 @@ def load_pipeline(
     if dtype is not None and dtype not in dtypes:
         raise InputError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(dtypes)}")
     # Unknown names of controllers and backends are refused in there, each with those there are.
-    return ImageTo3D.from_pretrained(
+    pipe = ImageTo3D.from_pretrained(
         model,
         device,
         dtypes[dtype] if dtype else None,
@@ -74,6 +76,15 @@ def load_pipeline(
         encoding=cast("EncodingName", encoding),
         volume=cast("VolumeName", volume),
     )
+    if plans is not None:
+        from ..export.plan_model import with_plans
+
+        pipe = ImageTo3D(
+            with_plans(pipe.model, plans),
+            encoding=cast("EncodingName", encoding),
+            volume=cast("VolumeName", volume),
+        )
+    return pipe
 
 
 def fusion_config(

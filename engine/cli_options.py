@@ -37,6 +37,12 @@ Attention = Annotated[
         help="Of the views: auto (a kernel where one runs), triton, torch, or xformers where installed."
     ),
 ]
+Plans = Annotated[
+    Path | None,
+    typer.Option(
+        "--plans", help="UNet and VAE decoder as TensorRT plans: a folder of export.", show_default=False
+    ),
+]
 Encoding = Annotated[str, typer.Option(help="Of the hash grid: torch, or tinycudann where it is installed.")]
 Volume = Annotated[str, typer.Option(help="Marching and compositing: torch, or nerfacc where installed.")]
 Prompt = Annotated[str, typer.Option(help="What the object is; may be empty when there is a picture.")]

@@ -196,3 +196,11 @@ def test_refit_of_a_plan_that_cannot(run: CommandLine, nano: Path) -> None:
     ran = run("refit", nano / "image_adaptor.sm80.plan", "builtin:nano")
     assert ran.code == 2
     assert "was not built to be refitted; build it so: imagedream-rt export" in ran.err
+
+
+def test_views_with_plans_but_without_a_gpu(run: CommandLine, tmp_path: Path, picture: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, whose plans may be there")
+    ran = run("views", picture, "--model", "random:tiny", "-o", tmp_path / "views", "--plans", tmp_path)
+    assert ran.code == 2
+    assert "backend tensorrt needs a CUDA device; there is none here" in ran.err
