@@ -5,12 +5,14 @@ Encoders run once per job, and fusion differentiates through the VAE's encoder, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.blocks import KeyValues
 from ..engine.errors import InputError
 from ..engine.model import MultiViewModel
 from ..engine.unet import MultiViewUNet
@@ -20,7 +22,11 @@ from .trt_runtime import Plan, Workspace
 
 
 class PlanUNet(nn.Module):
-    """Called like :class:`~..engine.unet.MultiViewUNet`; everything but the image adaptor is in the plan."""
+    """Called like :class:`~..engine.unet.MultiViewUNet`; image adaptor, keys and values stay outside of the plan.
+
+    A plan of ``unet_cached`` serves every call; one of ``unet`` those with context, as the views are made, but not the
+    fusion's, which knows keys and values beforehand.
+    """
 
     def __init__(self, unet: MultiViewUNet, plan: Plan) -> None:
         super().__init__()
@@ -30,6 +36,7 @@ class PlanUNet(nn.Module):
         self.camera_embed = unet.camera_embed
         if unet.config.with_image:
             self.image_embed = unet.image_embed
+        self.cross_attentions = nn.ModuleList(unet._cross_attentions())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,6 +45,13 @@ class PlanUNet(nn.Module):
     def embed_image(self, image_hidden: Tensor) -> Tensor:
         """As :meth:`MultiViewUNet.embed_image`."""
         return MultiViewUNet.embed_image(self, image_hidden)  # type: ignore[arg-type]
+
+    def prompt_key_values(self, context: Tensor, image_tokens: Tensor | None = None) -> list[KeyValues]:
+        """As :meth:`MultiViewUNet.prompt_key_values`."""
+        return MultiViewUNet.prompt_key_values(self, context, image_tokens)  # type: ignore[arg-type]
+
+    def _cross_attentions(self) -> list[nn.Module]:
+        return list(self.cross_attentions)
 
     def use_attention_backend(self, backend: str) -> None:
         """The plan has its own attention. Raises :class:`InputError` for any other than ``auto``."""
@@ -50,11 +64,12 @@ class PlanUNet(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        context: Tensor,
+        context: Tensor | None,
         camera: Tensor | None = None,
         image_hidden: Tensor | None = None,
         image_latent: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        key_values: Sequence[KeyValues] | None = None,
     ) -> Tensor:
         """As :meth:`MultiViewUNet.forward`; camera, tokens and image latent as the plan was built, all or none."""
         if image_hidden is not None:
@@ -67,13 +82,35 @@ class PlanUNet(nn.Module):
             "image_tokens": image_tokens,
             "image_latent": image_latent,
         }
+        if self.plan.manifest.component == "unet_cached":
+            if key_values is None and context is not None:
+                key_values = self.prompt_key_values(context, image_tokens)
+            given |= _named(key_values or (), len(latents))
+        elif key_values is not None:
+            raise InputError(
+                f"{self.plan.path} has no inputs for keys and values, which fusion gives; export the component "
+                "unet_cached, which serves the views as well"
+            )
         inputs = []
         for spec in self.plan.manifest.inputs:
-            x = given[spec["name"]]
+            x = given.get(spec["name"])
             if x is None:
                 raise InputError(f"{self.plan.path.name} needs {spec['name']}")
             inputs.append(x.to(getattr(torch, spec["dtype"])).contiguous())
         return self.plan(*inputs)[0].to(latents.dtype)
+
+
+def _named(key_values: Sequence[KeyValues], batch: int) -> dict[str, Tensor]:
+    """Keys and values by the names of the graph's inputs, [batch, L, C]; a row serves the groups that follow it."""
+    found = {}
+    for number, layer in enumerate(key_values):
+        for name, x in zip(("key_text", "value_text", "key_image", "value_image"), layer, strict=True):
+            if x is not None:
+                rows = x.flatten(2)
+                if len(rows) != batch:
+                    rows = rows.repeat_interleave(batch // len(rows), dim=0)
+                found[f"{name}_{number:02d}"] = rows
+    return found
 
 
 class PlanCodec(LatentCodec):
@@ -98,21 +135,25 @@ def with_plans(model: MultiViewModel, folder: str | Path) -> MultiViewModel:
     folder, architecture = Path(folder), local_architecture()
     if architecture is None:
         raise InputError("backend tensorrt needs a CUDA device; there is none here")
-    found = {name: folder / f"{name}.{architecture}.plan" for name in ("unet", "vae_decoder")}
-    if not found["unet"].is_file():
+    names = ("unet_cached", "unet", "vae_decoder")
+    found = {name: path for name in names if (path := folder / f"{name}.{architecture}.plan").is_file()}
+    chosen = next((name for name in names[:2] if name in found), None)
+    if chosen is None:
         raise InputError(
-            f"{folder} has no {found['unet'].name}; make it: imagedream-rt export {model.card.name} -o {folder} "
-            f"--sm {architecture.removeprefix('sm')}"
+            f"{folder} has no unet_cached.{architecture}.plan; make it: imagedream-rt export {model.card.name} "
+            f"-o {folder} --sm {architecture.removeprefix('sm')}"
         )
+    if chosen == "unet_cached":
+        found.pop("unet", None)
     workspace = Workspace(model.device)
-    plans = {name: Plan(path, workspace=workspace) for name, path in found.items() if path.is_file()}
+    plans = {name: Plan(path, workspace=workspace) for name, path in found.items()}
     for plan in plans.values():
         source = plan.manifest.source
         if source.sha256 != model.card.sha256 or source.controller != model.card.controller:
             raise InputError(
                 f"{plan.path} was made of {source.model}, and not of {model.card.name} as it is now"
             )
-    changed = replace(model, unet=PlanUNet(model.unet, plans["unet"]))  # type: ignore[arg-type]
+    changed = replace(model, unet=PlanUNet(model.unet, plans[chosen]))  # type: ignore[arg-type]
     if "vae_decoder" in plans:
         changed = replace(changed, vae=PlanCodec(model.vae, plans["vae_decoder"]))
     return changed

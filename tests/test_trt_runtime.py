@@ -168,9 +168,9 @@ def test_a_plan_that_tensorrt_refuses(tmp_path: Path, workspace: Workspace) -> N
         Plan(path, fake_tensorrt(), workspace)
 
 
-def unet_plan(folder: Path, **changes: Any) -> Path:
+def unet_plan(folder: Path, name: str = "unet", **changes: Any) -> Path:
     """A stand-in that answers with twice the latents."""
-    part = component(small_model("pixel"), "unet")
+    part = component(small_model("pixel"), name)
     assert part is not None
     described = [
         {"name": spec.name, "shape": spec.dims("batch"), "dtype": str(spec.dtype(part.dtype))[6:]}
@@ -181,8 +181,9 @@ def unet_plan(folder: Path, **changes: Any) -> Path:
         "outputs": described[-1:],
         "source": Source("random:tiny", "", "pixel", 5),
         "dtype": "float32",
+        "component": name,
     }
-    return write_plan(folder / "unet.sm80.plan", **{**given, **changes})
+    return write_plan(folder / f"{name}.sm80.plan", **{**given, **changes})
 
 
 def test_model_with_plans_denoises(tmp_path: Path) -> None:
@@ -193,7 +194,9 @@ def test_model_with_plans_denoises(tmp_path: Path) -> None:
     assert model.device.type == "cpu"
     latents = torch.randn(4, 4, 8, 8)
     conditioning = SimpleNamespace(
-        context=torch.randn(2, 77, 64), image_tokens=model.unet.embed_image(torch.randn(2, 17, 80))
+        context=torch.randn(2, 77, 64),
+        image_tokens=model.unet.embed_image(torch.randn(2, 17, 80)),
+        key_values=None,
     )
     eps = denoise(
         model,
@@ -216,6 +219,37 @@ def test_model_with_plans_denoises(tmp_path: Path) -> None:
         denoise(model, latents, torch.tensor(500), torch.randn(4, 16), conditioning, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_cached_plan_gets_keys_and_values_of_every_group(tmp_path: Path, known: bool) -> None:
+    """Two groups of views: each of the two rows of keys and values serves two rows of the batch."""
+    unet_plan(tmp_path, "unet_cached")
+    model = with_plans(small_model("pixel"), tmp_path)
+    text, tokens = torch.randn(2, 77, 64), torch.randn(2, 4, 64)
+    made = model.unet.prompt_key_values(text, tokens)
+    conditioning = SimpleNamespace(context=text, image_tokens=tokens, key_values=made if known else None)
+    latents = torch.randn(8, 4, 8, 8)
+    eps = denoise(
+        *(model, latents, torch.tensor(500), torch.randn(8, 16), conditioning),  # type: ignore[arg-type]
+        torch.randn(2, 4, 8, 8),
+    )
+    assert torch.equal(eps, (2 * latents).expand(2, -1, -1, -1, -1))
+    assert context_shapes()["key_text_03"] == (4, 77, 64)
+    assert context_shapes()["value_image_00"] == (4, 4, 64)
+
+
+def context_shapes() -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = context().shapes
+    return found
+
+
+def test_full_plan_refuses_keys_and_values(tmp_path: Path) -> None:
+    unet_plan(tmp_path)
+    model = with_plans(small_model("pixel"), tmp_path)
+    made = model.unet.prompt_key_values(torch.randn(2, 77, 64), torch.randn(2, 4, 64))
+    with pytest.raises(InputError, match="export the component unet_cached"):
+        model.unet(torch.randn(2, 5, 4, 8, 8), torch.tensor([1, 2]), None, key_values=made)
+
+
 def test_pipeline_takes_a_model_with_plans(tmp_path: Path) -> None:
     unet_plan(tmp_path)
     model = with_plans(small_model("pixel"), tmp_path)
@@ -231,7 +265,9 @@ def test_model_with_plans_of_another_checkpoint(tmp_path: Path) -> None:
 
 
 def test_model_without_plans(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no unet.sm80.plan; make it: imagedream-rt export random:tiny"):
+    with pytest.raises(
+        InputError, match=r"has no unet_cached.sm80.plan; make it: imagedream-rt export random:tiny"
+    ):
         with_plans(small_model("pixel"), tmp_path)
 
 
