@@ -1,7 +1,6 @@
 """How light is absorbed along rays, inside Triton kernels: device functions for packed samples.
 
-A program takes RAYS rays and walks along all of them together, CHUNK samples of each at a time; blocks are
-[RAYS, CHUNK].
+A program takes RAYS rays and walks along all of them together, CHUNK samples of each at a time.
 """
 
 from __future__ import annotations

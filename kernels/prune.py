@@ -121,7 +121,11 @@ def _prune_kernel(
     RAYS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Count the samples that RAYS rays keep; where ``p_begins`` is given, write them."""
+    """Count the samples that RAYS rays keep; where ``p_begins`` is given, write them.
+
+    Blocks are [CHUNK, RAYS]: where the compiler sees no order among addresses it puts neighbouring threads along
+    the first axis, and neighbours along a ray are written side by side.
+    """
     ray, m_ray, begin, count = load_rays(p_packed_info, n_rays, RAYS)
     alpha_least = tl.load(p_alpha_least)
     limit = tl.full((RAYS,), 2**31 - 1, dtype=tl.int32)
@@ -132,22 +136,22 @@ def _prune_kernel(
     done = 0
     while done < tl.max(count):
         place = done + tl.arange(0, CHUNK)
-        m = place[None, :] < count[:, None]
-        row = begin[:, None] + place[None, :]
+        m = place[:, None] < count[None, :]
+        row = begin[None, :] + place[:, None]
         start = tl.load(p_t_starts + row, mask=m, other=0.0)
         end = tl.load(p_t_ends + row, mask=m, other=0.0)
         depth = optical_depth(p_sigma, end - start, row, m)
-        passed = tl.exp(depth - depth_before[:, None] - tl.cumsum(depth, axis=1))
+        passed = tl.exp(depth - depth_before[None, :] - tl.cumsum(depth, axis=0))
         seen = (m & (passed >= transmittance_stop) & (absorbed(depth) >= alpha_least)).to(tl.int32)
         if p_begins is not None:
-            number = kept[:, None] + tl.cumsum(seen, axis=1) - 1
-            m_kept = (seen == 1) & (number < limit[:, None])
-            to = target[:, None] + number
-            tl.store(p_kept_rays + to, tl.broadcast_to(ray[:, None], (RAYS, CHUNK)), mask=m_kept)
+            number = kept[None, :] + tl.cumsum(seen, axis=0) - 1
+            m_kept = (seen == 1) & (number < limit[None, :])
+            to = target[None, :] + number
+            tl.store(p_kept_rays + to, tl.broadcast_to(ray[None, :], (CHUNK, RAYS)), mask=m_kept)
             tl.store(p_kept_starts + to, start, mask=m_kept)
             tl.store(p_kept_ends + to, end, mask=m_kept)
-        kept += tl.sum(seen, axis=1)
-        depth_before += tl.sum(depth, axis=1)
+        kept += tl.sum(seen, axis=0)
+        depth_before += tl.sum(depth, axis=0)
         # Behind the last light, or with its share written, a ray is over.
         count = tl.where((tl.exp(-depth_before) >= transmittance_stop) & (kept < limit), count, 0)
         done += CHUNK

@@ -27,10 +27,8 @@ BOX_DIAGONAL = 2 * math.sqrt(3.0)
 LATTICE_POINTS = 2**22
 """Most lattice points that plain PyTorch looks at together."""
 
-COUNT = Launch.of(RAYS=32, WRITTEN=4, warps=1)
-# As many threads as lattice points: with more points to a thread, they would be neighbours along the ray, and
-# each store would write to every other place.
-WRITE = Launch.of(RAYS=4, CHUNK=32, warps=4)
+COUNT = Launch.of(RAYS=32, WRITTEN=8, warps=1)
+WRITE = Launch.of(RAYS=8, CHUNK=32, warps=4)
 
 
 def march(
@@ -310,7 +308,11 @@ def _write_kernel(
     RAYS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Write the samples of RAYS rays, CHUNK lattice points of each at a time."""
+    """Write the samples of RAYS rays, CHUNK lattice points of each at a time.
+
+    Blocks are [CHUNK, RAYS]: where the compiler sees no order among addresses it puts neighbouring threads along
+    the first axis, and neighbours along a ray are written side by side.
+    """
     ray = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
     m_ray = ray < n_rays
     limit, begin = share_out(p_counts, p_begins, p_totals, p_packed_info, ray, m_ray)
@@ -318,25 +320,25 @@ def _write_kernel(
     end = tl.where(limit > 0, tl.load(p_spans + ray * 2 + 1, mask=m_ray, other=0.0), 0.0)
     ox, oy, oz, dx, dy, dz, near = _load_rays(p_origins, p_directions, p_near, ray, m_ray)
     half = grid / 2.0
-    ox, oy, oz = ((ox + 1.0) * half)[:, None], ((oy + 1.0) * half)[:, None], ((oz + 1.0) * half)[:, None]
-    dx, dy, dz = (dx * half)[:, None], (dy * half)[:, None], (dz * half)[:, None]
+    ox, oy, oz = ((ox + 1.0) * half)[None, :], ((oy + 1.0) * half)[None, :], ((oz + 1.0) * half)[None, :]
+    dx, dy, dz = (dx * half)[None, :], (dy * half)[None, :], (dz * half)[None, :]
     written = tl.zeros((RAYS,), dtype=tl.int32)
     longest = tl.max(end - k)
     done = 0
     while done < longest:
-        point = (k + done)[:, None] + tl.arange(0, CHUNK)[None, :].to(tl.float32)
-        m = point < end[:, None]
-        middle = _middle(near[:, None], point, step)
+        point = (k + done)[None, :] + tl.arange(0, CHUNK)[:, None].to(tl.float32)
+        m = point < end[None, :]
+        middle = _middle(near[None, :], point, step)
         x, y, z = _cell(ox, dx, middle, grid), _cell(oy, dy, middle, grid), _cell(oz, dz, middle, grid)
         sample = tl.where(m, _bit(p_words, x.to(tl.int32), y.to(tl.int32), z.to(tl.int32), grid, m), 0)
-        number = written[:, None] + tl.cumsum(sample, axis=1) - 1
-        m_sample = (sample == 1) & (number < limit[:, None])
-        start = near[:, None] + point * step
-        row = begin[:, None] + number
-        tl.store(p_ray_indices + row, tl.broadcast_to(ray[:, None], (RAYS, CHUNK)), mask=m_sample)
+        number = written[None, :] + tl.cumsum(sample, axis=0) - 1
+        m_sample = (sample == 1) & (number < limit[None, :])
+        start = near[None, :] + point * step
+        row = begin[None, :] + number
+        tl.store(p_ray_indices + row, tl.broadcast_to(ray[None, :], (CHUNK, RAYS)), mask=m_sample)
         tl.store(p_t_starts + row, start, mask=m_sample)
         tl.store(p_t_ends + row, start + step, mask=m_sample)
-        written += tl.sum(sample, axis=1)
+        written += tl.sum(sample, axis=0)
         done += CHUNK
 
 

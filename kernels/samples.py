@@ -19,7 +19,7 @@ from ._triton import KernelBackend, jit, tl, use_triton
 MOST_SAMPLES = 2**31 - 1
 """Kernels count in 32 bits."""
 
-ALLOTTED = 2048
+ALLOTTED = 8192
 """Rays, or sums over blocks of them, that :func:`allot` looks at together."""
 
 POINTS = 512
@@ -168,7 +168,7 @@ def allot(counts: Tensor, sums: Tensor, rays_per_block: int, capacity: int | Non
         RAYS=rays_per_block,
         BLOCKS=ALLOTTED // rays_per_block,
         BLOCK=ALLOTTED,
-        num_warps=8,
+        num_warps=16,
     )
     return Allotment(begins, totals)
 

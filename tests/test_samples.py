@@ -124,8 +124,8 @@ def test_midpoints(rows: int, kernel_device: torch.device) -> None:
 def test_compiles_ahead_of_time(arch: int) -> None:
     pointers = dict.fromkeys(("p_counts", "p_sums", "p_begins", "p_totals"), "*i32")
     numbers = dict.fromkeys(("n_rays", "n_blocks", "capacity"), "i32")
-    sizes = {"RAYS": 32, "BLOCKS": 64, "BLOCK": 2048}
-    compile_ahead("samples", "_allot_kernel", {**pointers, **numbers}, [sizes], arch, warps=8)
+    sizes = {"RAYS": 4, "BLOCKS": 2048, "BLOCK": 8192}
+    compile_ahead("samples", "_allot_kernel", {**pointers, **numbers}, [sizes], arch, warps=16)
     pointers = dict.fromkeys(("p_origins", "p_directions", "p_t_starts", "p_t_ends", "p_points"), "*fp32")
     pointers |= {"p_ray_indices": "*i32", "n_samples": "i32"}
     compile_ahead("samples", "_midpoint_kernel", pointers, [{"BLOCK": module.POINTS}], arch)
