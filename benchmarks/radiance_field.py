@@ -36,7 +36,7 @@ CONFIG = OFFICIAL.field
 GRID = CONFIG.grid
 LEVELS = grid_levels(GRID.levels, GRID.log2_table, GRID.base_resolution, GRID.growth)
 WIDTH = GRID.levels * GRID.features
-BLOB = {"blob_strength": CONFIG.blob_strength, "blob_radius": CONFIG.blob_radius}
+BLOB: dict[str, Any] = {"blob_strength": CONFIG.blob_strength, "blob_radius": CONFIG.blob_radius}
 OURS_HALF = "ours, half-precision table"
 OWN_KERNELS = "hash-grid kernels + PyTorch"
 
@@ -114,19 +114,22 @@ def _forwards(points: Tensor, given: Sequence[Any]) -> dict[str, Callable[[], Fi
     }
 
 
+def _tensors(forward: Callable[[], FieldValues]) -> tuple[Tensor, ...]:
+    return tuple(value for value in forward() if value is not None)
+
+
 def _whole(points: Tensor) -> Case:
     forwards = _forwards(points, _parameters())
 
-    def results(forward: Callable[[], FieldValues]) -> Contender:
-        # The normal is compared as a picture of it is: a sample on the kink of a ReLU may have another one.
-        return lambda: tuple(forward())
-
-    contenders = {name: results(forward) for name, forward in forwards.items()}
+    contenders: dict[str, Contender] = {
+        name: partial(_tensors, forward) for name, forward in forwards.items()
+    }
     return Case(
         kernel="radiance_field",
         name=f"density, albedo and normal, {len(points):,} samples of rays",
         contenders=contenders,
         reference=contenders["PyTorch"],
+        # A sample on the kink of a ReLU may have another normal.
         tolerance=0.1,
         work=_bytes(points, 1, 12 + 28),
         unit="TB/s",
@@ -141,9 +144,9 @@ def _backward(points: Tensor) -> Case:
 
     def backwards(forward: Callable[[], FieldValues]) -> Contender:
         @cache
-        def values() -> list[Tensor]:
+        def values() -> Sequence[Tensor]:
             with torch.enable_grad():
-                return [value for value in forward() if value is not None]
+                return _tensors(forward)
 
         def run() -> Result:
             return torch.autograd.grad(values(), parameters, grads, retain_graph=True)

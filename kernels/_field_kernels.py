@@ -165,7 +165,8 @@ def _shares(p_points, p_normal, p_grad_normal, p_inverse, o, m, g, s, level):
         slope = (level[0] * sx, level[0] * sy, level[0] * sz)
     shares = ()
     for corner in tl.static_range(8):
-        shares += (_share(fraction, g, s, slope, corner & 1, corner >> 1 & 1, corner >> 2),)
+        share = _share(fraction, g, s, slope, corner & 1, corner >> 1 & 1, corner >> 2)
+        shares += (share,)  # type: ignore[assignment]
     return cell, shares
 
 
@@ -174,7 +175,8 @@ def _sum_where(m, a, b):
     """b, plus a where ``m`` [*S]: tuples of [*S, 2]."""
     sums = ()
     for corner in tl.static_range(8):
-        sums += (b[corner] + tl.where(tl.expand_dims(m, -1), a[corner], 0.0),)
+        both = b[corner] + tl.where(tl.expand_dims(m, -1), a[corner], 0.0)
+        sums += (both,)  # type: ignore[assignment]
     return sums
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,45 +46,41 @@ def _programs(points: Tensor, block: int, per_processor: int) -> int:
 def launch_forward(
     points: Tensor,
     entries: Tensor,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Any],
     count: Tensor | None,
     settings: Settings,
     results: Sequence[Tensor | None],
 ) -> None:
     if not len(points):
         return
-    inner = weights[0]
-    assert inner is not None
     parameters = field_levels(settings.levels, points.device)
     bias = settings.blob_strength, settings.blob_radius
     forward_kernel[(_programs(points, FORWARD["BLOCK"], FORWARD_PROGRAMS),)](
         *(points, entries, parameters, *weights, count, *results, len(points), *bias),
-        **settings.constants(inner),
+        **settings.constants(weights[0]),
         **FORWARD.options,
     )
 
 
 def launch_backward(
-    saved: Sequence[Tensor | None],
+    saved: Sequence[Any],
     upstream: Sequence[Tensor | None],
     settings: Settings,
 ) -> tuple[Tensor | None, ...]:
     """Gradients by the table and the four matrices; None for a colour without a gradient."""
-    points, entries, inner, *others = saved
-    assert points is not None
-    assert entries is not None
-    assert inner is not None
-    weights = (inner, *others[:3])
+    points, entries, *others = saved
+    weights = others[:4]
     upstream = [None if grad is None else grad.contiguous() for grad in upstream]
-    grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (entries, *weights)]
+    learnt: list[Tensor | None] = [entries, *weights]
     if upstream[1] is None:
-        grads[3:] = [None, None]
+        learnt[3:] = [None, None]
+    grads = [None if tensor is None else torch.zeros_like(tensor, dtype=torch.float32) for tensor in learnt]
     if len(points):
         parameters = field_levels(settings.levels, points.device)
         block = BACKWARD["GROUPS"] * BACKWARD["RUN"]
         backward_kernel[(_programs(points, block, BACKWARD_PROGRAMS),)](
-            *(points, entries, parameters, *weights, *others[3:], *upstream, *grads, len(points)),
-            **settings.constants(inner),
+            *(points, entries, parameters, *weights, *others[4:], *upstream, *grads, len(points)),
+            **settings.constants(weights[0]),
             PAIRS=adds_vectors(points.device),
             **BACKWARD.options,
         )

@@ -22,7 +22,7 @@ from ._triton import constant, interpreted, jit, tl
 LEAST_LEVELS = 8
 """With two features each they fill the least depth of a matrix product."""
 
-# The interpreter has no bfloat16 products.
+# What products take. The interpreter has none of bfloat16; there the same numbers come as float32.
 FACTOR = constant(tl and (tl.float32 if interpreted() else tl.bfloat16))
 
 
@@ -79,7 +79,9 @@ def features_and_slopes_at(p_table, x, y, z, level, BLOCK: tl.constexpr, LEVELS:
 def load_inner(p_inner, H: tl.constexpr, WIDTH_IN: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr):
     """Inner matrix [H, WIDTH_IN] of a perceptron, padded with zeros to [HIDDEN, WIDTH]."""
     o_hidden, o_feature = tl.arange(0, HIDDEN)[:, None], tl.arange(0, WIDTH)[None, :]
-    return tl.load(p_inner + o_hidden * WIDTH_IN + o_feature, mask=(o_hidden < H) & (o_feature < WIDTH_IN), other=0.0)
+    return tl.load(
+        p_inner + o_hidden * WIDTH_IN + o_feature, mask=(o_hidden < H) & (o_feature < WIDTH_IN), other=0.0
+    )
 
 
 @jit
@@ -92,8 +94,9 @@ def load_outer(p_outer, row: tl.constexpr, H: tl.constexpr, HIDDEN: tl.constexpr
 @jit
 def split(x):
     """x as a sum of two bfloat16 numbers, up to 2^-17 of it."""
-    high = x.to(FACTOR)
-    return high, (x - high.to(tl.float32)).to(FACTOR)
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return high.to(FACTOR), low.to(FACTOR)
 
 
 @jit
