@@ -27,8 +27,8 @@ BOX_DIAGONAL = 2 * math.sqrt(3.0)
 LATTICE_POINTS = 2**22
 """Most lattice points that plain PyTorch looks at together."""
 
-COUNT = Launch.of(RAYS=32, WRITTEN=8, warps=1)
 WRITE = Launch.of(RAYS=8, CHUNK=32, warps=4)
+COUNT = Launch.of(RAYS=32, WRITTEN=WRITE["RAYS"], warps=1)
 
 
 def march(
