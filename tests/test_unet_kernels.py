@@ -117,6 +117,29 @@ def test_gradients_through_the_kernels(
         assert relative_error(parameter.grad, truth) <= (1e-4 if dtype == torch.float32 else 3e-2), name
 
 
+@pytest.mark.slow
+def test_compiled_training_through_the_kernels(kernel_device: torch.device, few_groups: None) -> None:
+    """Under autocast and without a break: each kernel stays one call, and its gradient another."""
+    plain, forced = (random_unet().to(kernel_device).requires_grad_(True) for _ in range(2))
+    use_kernels(plain, "torch")
+    use_kernels(forced, "triton")
+    compiled = torch.compile(forced, backend="aot_eager", fullgraph=True)
+    given = inputs(SMALL, device=kernel_device.type)
+    losses = []
+    for network, run in ((plain, plain), (forced, compiled)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-2)
+        for _ in range(2):
+            # Triton's interpreter has no bfloat16.
+            with torch.autocast(kernel_device.type, torch.float16):
+                loss = (run(**given) - given["latents"]).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[1] < 0.9 * losses[0]
+    assert losses[2:] == pytest.approx(losses[:2], rel=5e-3)
+
+
 def test_channels_last_maps_flow_without_copies() -> None:
     """From the first convolution to the last no layer rearranges memory."""
     network = random_unet(UNetConfig(**{**vars(SMALL), "channel_mult": (1, 2), "transformer_levels": (0, 1)}))
@@ -170,26 +193,30 @@ def test_wrong_projections_are_named() -> None:
         attention.load_state_dict(state)
 
 
-def full_unet(dtype: torch.dtype) -> MultiViewUNet:
+@pytest.fixture(scope="module")
+def full_size() -> tuple[MultiViewUNet, MultiViewUNet]:
+    """``random:full`` in float32 and plain PyTorch, and in float16 as it is loaded."""
     part = random_layout("full", "pixel").parts["unet"]
-    fill(part, torch.device("cuda"), dtype, "random:full")
-    return part.wrapper
+    fill(part, torch.device("cuda"), torch.float32, "random:full")
+    plain: MultiViewUNet = part.wrapper
+    half = copy.deepcopy(plain).half()
+    fast_memory_format(half)
+    use_kernels(plain, "torch")
+    return plain, half
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [2, 4])
-def test_the_full_size_in_half_precision_stays_near_float32(groups: int) -> None:
+def test_the_full_size_in_half_precision_stays_near_float32(
+    full_size: tuple[MultiViewUNet, MultiViewUNet], groups: int
+) -> None:
     """In the shapes of the released schedule: five frames, with and without the prompt, of one group and of two."""
-    given = inputs(UNetConfig(), groups=groups, frames=5, px=32, tokens=77, device="cuda")
+    plain, half = full_size
+    given = inputs(plain.config, groups=groups, frames=5, px=32, tokens=77, device="cuda")
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        plain = full_unet(torch.float32)
-        use_kernels(plain, "torch")
-        wanted = plain(**given)
-        del plain
-        network = full_unet(torch.float16)
-        fast_memory_format(network)
         with Operators() as ran:
-            found = network(**given)
+            found = half(**given)
+        wanted = plain(**given)
     assert set(ran.ours) == KERNELS
     assert relative_error(found, wanted) <= 2e-3
 
