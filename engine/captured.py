@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class CapturedDistillation:
         self._stage: Stage | None = None
         self._refresh = {
             all_cells: GraphedStep(
-                lambda all_cells=all_cells: self._refresh_occupancy(all_cells),
+                partial(self._refresh_occupancy, all_cells),
                 state.device,
                 [state.streams["occupancy"]],
             )

@@ -150,9 +150,11 @@ class MultiViewGuidance:
         eps = denoise(self.model, noisy, timestep, camera, conditioning, image_latent)
         if scale == 1.0:
             return predict_x0(noisy, eps[0], timestep, self.alphas_cumprod)
+        eps_cond, eps_uncond = eps.unbind(0)
         return reconstruction_target(
             noisy,
-            *eps,
+            eps_cond,
+            eps_uncond,
             timestep,
             self.alphas_cumprod,
             guidance_scale=scale,

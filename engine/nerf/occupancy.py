@@ -94,9 +94,9 @@ class OccupancyGrid(nn.Module):
     def _pick_as_many(self, generator: torch.Generator) -> Tensor:
         total, device = self.values.numel(), self.values.device
         quarter = total // 4
-        place = {"generator": generator, "device": generator.device}
-        uniform = torch.randint(total, (quarter,), **place).to(device)
-        random = torch.rand(quarter, **place).to(device)
+        place = generator.device
+        uniform = torch.randint(total, (quarter,), generator=generator, device=place).to(device)
+        random = torch.rand(quarter, generator=generator, device=place).to(device)
         occupied = self.occupied.view(-1)
         number = occupied.sum()
         occupied_first = torch.argsort(occupied.to(torch.int8), descending=True, stable=True)
