@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..engine.errors import InputError
+
 Result = Tensor | tuple[Tensor, ...]
 Contender = Callable[[], Result]
 
@@ -82,6 +84,14 @@ class Report:
 
 OnCase = Callable[[list[Row], dict[str, float]], None]
 """Given the rows of each finished case and the ceilings by unit."""
+
+
+def need_cuda() -> None:
+    """Raises :class:`InputError` where PyTorch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        raise InputError(
+            "benchmarks need a CUDA device, and PyTorch sees none; imagedream-rt doctor shows what is there"
+        )
 
 
 def measure(cases: Iterable[Case], on_case: OnCase | None = None) -> Report:

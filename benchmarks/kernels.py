@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 
 from ..engine.errors import InputError
 from ..engine.files import staged, write_json
-from .harness import Case, OnCase, Report, measure
+from .harness import Case, OnCase, Report, measure, need_cuda
 
 FILE = "kernels"
 """Name of the written files, without suffix."""
@@ -36,12 +36,7 @@ def cases(names: Sequence[str] = ()) -> Iterator[Case]:
 
 def run(names: Sequence[str] = (), on_case: OnCase | None = None) -> Report:
     """Measure on the current CUDA device. Raises :class:`InputError` without one, and for an unknown name."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError(
-            "benchmarks need a CUDA device, and PyTorch sees none; imagedream-rt doctor shows what is there"
-        )
+    need_cuda()
     return measure(cases(names), on_case)
 
 

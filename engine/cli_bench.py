@@ -16,6 +16,7 @@ from .cli_output import print_files, print_json
 
 if TYPE_CHECKING:
     from ..benchmarks.harness import Row
+    from ..benchmarks.loop import StageRow
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed against the strongest peers, on a CUDA device.")
 
@@ -48,6 +49,51 @@ def kernels(
     print()
     contents = {".json": "every figure, with device and versions", ".png": "the same as bars"}
     print_files({path: contents[path.suffix] for path in written})
+
+
+@bench.command()
+def loop(
+    model: opt.Model = "random:full",
+    preset: Annotated[str, typer.Option(help="draft, official or paper.")] = "official",
+    steps: Annotated[int, typer.Option(min=8, help="Measured steps of each stage.")] = 48,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Measure the plain loop as well, for the ratio.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for loop.json.")] = Path("out/bench"),
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """A distillation step of every stage and its parts, and what the whole schedule comes to."""
+    console = None if as_json else Console(file=sys.stdout, highlight=False)
+    with work(debug):
+        from ..benchmarks.loop import run
+        from .files import check_writable_folder, write_json
+
+        check_writable_folder(output)
+        report = run(model, preset, steps=steps, reference=reference, on_row=lambda row: _stage(console, row))
+        write_json(output / "loop.json", report.to_dict())
+    if console is None:
+        print_json({"files": [str(output / "loop.json")], **report.to_dict()})
+        return
+    for name, minutes in report.schedule_min.items():
+        print(
+            f"{name}: {minutes:.1f} minutes the whole schedule, and {report.prepare_s:.1f} s of preparation"
+        )
+    print_files({output / "loop.json": "every figure, with device and versions"})
+
+
+def _stage(console: Console | None, row: StageRow) -> None:
+    """One stage as it is measured."""
+    if console is None:
+        return
+    busy = "" if row.busy_share is None else f", a kernel runs {row.busy_share:.1%} of it"
+    console.print(
+        f"{row.loop} {row.views} x {row.resolution}²: {row.mean_ms:.1f} ms a step (p50 {row.p50_ms:.1f}, p95"
+        f" {row.p95_ms:.1f}){busy}; {row.peak_gib:.1f} GiB",
+        style="bold" if row.loop == "ours" else "",
+    )
+    for part, time_ms in row.parts_ms.items():
+        console.print(f"  {part:<24} {time_ms:7.2f} ms")
 
 
 def warmup(

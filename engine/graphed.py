@@ -12,15 +12,15 @@ WARMUP = 4
 class GraphedStep:
     """Calls ``step``: directly at first and off CUDA, from a captured graph afterwards.
 
-    ``step`` takes nothing, returns nothing and writes its results into tensors that outlive it; it must draw
-    its random numbers from the default generator or from ``generators``, make no tensor from host values and
-    never wait for the device. The first ``warmup`` calls (at least one) run as they are: libraries set
-    themselves up and kernels are tuned then.
+    ``step`` takes nothing, what it returns is dropped, and it writes its results into tensors that outlive it;
+    it must draw its random numbers from the default generator or from ``generators``, make no tensor from host
+    values and never wait for the device. The first ``warmup`` calls (at least one) run as they are: libraries
+    set themselves up and kernels are tuned then.
     """
 
     def __init__(
         self,
-        step: Callable[[], None],
+        step: Callable[[], object],
         device: torch.device,
         generators: Sequence[torch.Generator] = (),
         warmup: int = WARMUP,

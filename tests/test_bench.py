@@ -16,6 +16,7 @@ from command_line import CommandLine
 
 from imagedream_rt.benchmarks import harness, kernels
 from imagedream_rt.benchmarks.harness import Case, Report, Row, best_peer, measure, relative_error
+from imagedream_rt.benchmarks.loop import StageRow, schedule_minutes
 from imagedream_rt.engine.errors import InputError
 
 CEILINGS = {"TFLOP/s": 700.0, "TB/s": 4.0}
@@ -172,9 +173,12 @@ def test_without_matplotlib_there_is_only_json(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
 
 
-def test_the_command_needs_a_gpu(run: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["kernels", "loop"])
+def test_the_commands_need_a_gpu(
+    command: str, run: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    ran = run("bench", "kernels", "-o", tmp_path / "out")
+    ran = run("bench", command, "-o", tmp_path / "out")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("error: benchmarks need a CUDA device")
     assert not (tmp_path / "out").exists()
@@ -223,3 +227,11 @@ def test_the_clock_on_the_gpu() -> None:
         low, median, high = harness.time_us(lambda: target.copy_(source), graph=graph)
         assert 6 < median < 1400
         assert low <= median <= high
+
+
+def test_schedule_is_every_stage_at_its_mean() -> None:
+    def row(loop: str, steps: int, mean_ms: float) -> StageRow:
+        return StageRow(loop, 64, 8, steps, mean_ms, 1.0, 1.0, None, None, None, None, 1.0, {})
+
+    rows = [row("ours", 5000, 12.0), row("ours", 2500, 24.0), row("reference", 5000, 120.0)]
+    assert schedule_minutes(rows) == pytest.approx({"ours": 2.0, "reference": 10.0})

@@ -1,0 +1,292 @@
+"""The distillation loop at work: what a step of each stage costs, where, and what the whole schedule comes to.
+
+The field starts as a solid ball, so that a render has the samples of a finished object; the weights of the
+model do not matter to the time. ``ours`` replays captured steps in half precision. ``reference`` is the plain
+loop: one operation after the other, float32 weights under autocast, networks without this package's kernels, and
+the prompt conditioned anew in every step, as in the released code. Its renderer is this package's own as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.captured import CapturedDistillation
+from ..engine.condition_bank import GreyBank
+from ..engine.conditioning import Conditioner
+from ..engine.config import FusionConfig, Stage
+from ..engine.config import preset as preset_named
+from ..engine.distill import MultiViewGuidance
+from ..engine.draws import StepTensors
+from ..engine.field_state import Backends, FieldState
+from ..engine.fuse import Fusion
+from ..engine.graphed import GraphedStep
+from ..engine.model import MultiViewModel
+from ..engine.picture import PreparedPicture
+from ..engine.weights import load_model
+from .harness import need_cuda, time_us, versions
+
+SOLID = 200.0
+"""Blob strength that makes an untrained field a solid ball."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of the schedule; times in milliseconds on the device, ``host`` without waiting for it."""
+
+    loop: str
+    resolution: int
+    views: int
+    steps: int
+    """Of the schedule, not of this measurement."""
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+    host_ms: float | None
+    busy_share: float | None
+    """Share of the time in which a kernel runs."""
+    candidates: int | None
+    samples: int | None
+    peak_gib: float
+    parts_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LoopReport:
+    """All stages, and the schedule projected from their mean times."""
+
+    model: str
+    device: str
+    versions: dict[str, str]
+    rows: list[StageRow]
+    prepare_s: float
+    """Conditions of every grey level, once for each picture."""
+    schedule_min: dict[str, float]
+    """Minutes of the whole schedule by loop."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run(
+    model: str = "random:full",
+    preset: str = "official",
+    *,
+    steps: int = 48,
+    reference: bool = False,
+    on_row: Callable[[StageRow], None] | None = None,
+) -> LoopReport:
+    """Measure the loop on the current CUDA device; ``reference`` measures the plain loop as well.
+
+    Raises :class:`InputError` without a CUDA device.
+    """
+    need_cuda()
+    config = preset_named(preset)
+    config = replace(
+        config, albedo_only_until=0, field=replace(config.field, blob_strength=SOLID), warm_start=None
+    )
+    rows = []
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        loaded = load_model(model, device="cuda", dtype=torch.float16)
+        guidance = _guidance(loaded, config)
+        start = time.perf_counter()
+        bank = GreyBank(guidance.conditioner)
+        torch.cuda.synchronize()
+        prepare_s = time.perf_counter() - start
+        for stage, count in _stages(config):
+            rows.append(_captured_row(config, stage, count, guidance, bank, steps))
+            if on_row:
+                on_row(rows[-1])
+        del bank, guidance, loaded
+        torch.cuda.empty_cache()
+        if reference:
+            for row in _reference_rows(model, config, max(4, steps // 6)):
+                rows.append(row)
+                if on_row:
+                    on_row(row)
+    return LoopReport(
+        model, torch.cuda.get_device_name(), versions(), rows, prepare_s, schedule_minutes(rows)
+    )
+
+
+def schedule_minutes(rows: list[StageRow]) -> dict[str, float]:
+    """Minutes of the whole schedule by loop: every stage's steps at its mean time."""
+    loops = dict.fromkeys(row.loop for row in rows)
+    return {loop: sum(row.steps * row.mean_ms for row in rows if row.loop == loop) / 60e3 for loop in loops}
+
+
+def _stages(config: FusionConfig) -> Iterator[tuple[Stage, int]]:
+    ends = [stage.start for stage in config.stages[1:]] + [config.steps]
+    for stage, end in zip(config.stages, ends, strict=True):
+        yield replace(stage, start=0), end - stage.start
+
+
+def _guidance(model: MultiViewModel, config: FusionConfig) -> MultiViewGuidance:
+    y, x = np.indices((512, 512)) - 255.5
+    rgba = np.zeros((512, 512, 4), dtype=np.uint8)
+    rgba[np.hypot(x, y) < 200] = (180, 90, 40, 255)
+    return MultiViewGuidance(model, Conditioner(model, PreparedPicture(rgba), "a ball"), config)
+
+
+def _captured_row(
+    config: FusionConfig,
+    stage: Stage,
+    count: int,
+    guidance: MultiViewGuidance,
+    bank: GreyBank,
+    steps: int,
+) -> StageRow:
+    torch.cuda.reset_peak_memory_stats()
+    state = FieldState(replace(config, stages=(stage,)), SEED, torch.device("cuda"))
+    loop = CapturedDistillation(state.config, state, guidance, bank)
+    for step in range(6):
+        loop.advance(step)
+    times, host = _step_times(lambda step: loop.advance(step), 6, steps)
+    found = loop.sample_counts()
+    busy = _busy_share(lambda step: loop.advance(step), 6 + steps)
+    parts = _parts(loop)
+    return StageRow(
+        "ours",
+        stage.resolution,
+        stage.views,
+        count,
+        *_summary(times),
+        host,
+        busy,
+        *found,
+        torch.cuda.max_memory_reserved() / 2**30,
+        parts,
+    )
+
+
+def _step_times(advance: Callable[[int], object], first: int, steps: int) -> tuple[list[float], float]:
+    """Milliseconds from step to step on the device, and the host's median share of a step."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    host = []
+    torch.cuda.synchronize()
+    events[0].record()
+    for number in range(steps):
+        start = time.perf_counter()
+        advance(first + number)
+        host.append((time.perf_counter() - start) * 1e3)
+        events[number + 1].record()
+    torch.cuda.synchronize()
+    times = [one.elapsed_time(other) for one, other in pairwise(events)]
+    return times, float(np.median(host))
+
+
+def _summary(times: list[float]) -> tuple[float, float, float]:
+    return float(np.mean(times)), float(np.median(times)), float(np.quantile(times, 0.95))
+
+
+def _busy_share(advance: Callable[[int], object], first: int, steps: int = 8) -> float:
+    """Share of the time between the first kernel's start and the last one's end in which some kernel ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for number in range(steps):
+            advance(first + number)
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in found.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / (reached - spans[0][0])
+
+
+def _parts(loop: CapturedDistillation) -> dict[str, float]:
+    """Milliseconds of a step's parts, each in a graph of its own."""
+    guidance, state, inputs = loop.guidance, loop.state, loop.inputs
+    rgb = loop.render(inputs).rgb.detach()
+
+    def encode() -> Tensor:
+        pixels = rgb.clone().requires_grad_()
+        latents = guidance.encode(pixels, state.streams["vae"])
+        return torch.autograd.grad(latents, pixels, torch.ones_like(latents))[0]
+
+    def render() -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+        loop.render(inputs).rgb.sum().backward()
+
+    def target(latents: Tensor, step: StepTensors) -> Tensor:
+        conditioning = loop.conditions.at(rgb)
+        timestep = step.t.long()[0]
+        return guidance.target_given(
+            conditioning, latents, step.cameras.embedding(), timestep, state.streams["noise"]
+        )
+
+    latents = guidance.encode(rgb, state.streams["vae"]).detach()
+    render()
+    generators = [state.streams[name] for name in ("jitter", "vae", "noise")]
+    named: dict[str, Callable[[], object]] = {
+        "render + backward": render,
+        "VAE encode + backward": encode,
+        "noise, UNet, guidance": lambda: target(latents, inputs),
+        "AdamW": state.optimizer.step,
+    }
+    found = {}
+    for name, part in named.items():
+        replay = GraphedStep(part, state.device, generators, warmup=1)
+        found[name] = time_us(replay, graph=False, repeats=20)[1] * 1e-3
+    return found
+
+
+def _reference_rows(model: str, config: FusionConfig, steps: int) -> Iterator[StageRow]:
+    from ..engine.layers import use_kernels
+
+    loaded = load_model(model, device="cuda", dtype=torch.float32)
+    for network in (loaded.unet, loaded.vae):
+        use_kernels(network, "torch")
+    guidance = _Forgetful(loaded, _guidance(loaded, config).conditioner, config)
+    for stage, count in _stages(config):
+        torch.cuda.reset_peak_memory_stats()
+        fusion = Fusion(
+            replace(config, stages=(stage,), steps=10**6),
+            guidance,
+            seed=SEED,
+            device="cuda",
+            backends=Backends(loop="eager"),
+        )
+        for step in range(2):
+            fusion.distill(step)
+        times, host = _step_times(fusion.distill, 2, steps)
+        yield StageRow(
+            "reference",
+            stage.resolution,
+            stage.views,
+            count,
+            *_summary(times),
+            host,
+            None,
+            None,
+            None,
+            torch.cuda.max_memory_reserved() / 2**30,
+            {},
+        )
+
+
+class _Forgetful(MultiViewGuidance):
+    """Conditions on the prompt anew in every step, and computes under autocast."""
+
+    def encode(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.float16):
+            return super().encode(rgb, generator).float()
+
+    def target(self, *arguments: Any) -> Tensor:
+        self.conditioner.forget()
+        with torch.autocast("cuda", dtype=torch.float16):
+            return super().target(*arguments)
