@@ -3,9 +3,9 @@
 PyTorch's own exporter (dynamo) at opset 22, with two things decided here.
 
 Attention is written out as ``softmax((Q D^(-1/2)) K^T) V``; for 64 channels the factor is exact. TensorRT fuses this
-pattern into one kernel (``_gemm_mha_v2`` in the build's layer list), in every version that is supported. The standard
-``Attention`` operator of opset 23 becomes the very same kernel, but TensorRT before 10.14 does not read it, and
-TensorRT-RTX 1.7 crashes when two of them share a query, as text and image attention do here.
+pattern into one kernel (``_gemm_mha_v2`` in the build's layer list, ``_v1`` for small sizes), in every version that is
+supported. The standard ``Attention`` operator of opset 23 becomes the very same kernel, but TensorRT before 10.14 does
+not read it, and TensorRT-RTX 1.7 crashes when two of them share a query, as text and image attention do here.
 
 Weights keep their names in the checkpoint. Where a graph holds a weight transposed or widened, the name says so:
 ``unet.out.0.weight.float32``, ``unet.time_embed.0.weight.T``. So a refit finds the tensor for each name.

@@ -61,7 +61,7 @@ def test_unet_for_sm80_and_sm89(tmp_path: Path) -> None:
         assert manifest.layers["total"] == sum(manifest.layers["types"].values())
         assert manifest.build_peak_bytes is None or manifest.build_peak_bytes > 10**8
         log = plan.with_name(f"{plan.name}.log").read_text(encoding="utf-8")
-        assert "_gemm_mha_v2" in log
+        assert "_gemm_mha_v" in log  # v1 or v2, by size
     stages = [stage for stage, _, _ in told]
     assert stages[0] == "unet to sm80"
     assert stages[-1] == "unet to sm89"
