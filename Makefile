@@ -25,7 +25,7 @@ test: $(VENV)/.dev $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --durations=15
+	$(BIN)/pytest -n 2 --dist loadfile --durations=25
 
 install: $(VENV)/.package
 

@@ -13,6 +13,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+GLUON_OF = "3.6."
+"""The versions of Triton whose lower level, Gluon, the Hopper kernel is written for: it changes with each."""
+
 try:
     import triton
     import triton.language as tl
@@ -20,8 +23,8 @@ except ImportError:  # a speed-up, not a need: every kernel has a plain PyTorch 
     triton = None
     tl: Any = None  # type: ignore[no-redef]
 
-try:  # Triton's lower level, for instructions that only Hopper has; its interface settled with version 3.6
-    if triton is None or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+try:  # for instructions that only Hopper has
+    if triton is None or not triton.__version__.startswith(GLUON_OF):
         raise ImportError
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl

@@ -20,6 +20,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     take_scalars_as_loop_bounds()
 
+# Several workers share the cores: one thread each is faster than two that wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 # Before pytest visits the checkout's own __init__.py: in a checkout that is named imagedream_rt it would
 # otherwise be imported under that name, in place of the installed package.
 import imagedream_rt

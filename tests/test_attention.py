@@ -13,7 +13,7 @@ from ahead import compile_ahead
 from rounding import DTYPES, ROUNDING_STEPS, assert_close, leaf, randn
 from torch import Tensor
 
-from imagedream_rt.kernels import _attention_backward, _attention_hopper, attention
+from imagedream_rt.kernels import _attention_backward, _attention_hopper, _triton, attention
 from imagedream_rt.kernels._triton import interpreted
 from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.attention import (
@@ -362,7 +362,9 @@ def test_every_launch_compiles_without_a_gpu(arch: int, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_hopper_kernel_compiles_without_a_gpu(dim: int) -> None:
-    layouts = pytest.importorskip("triton.experimental.gluon.language")
+    layouts = _triton.gl
+    if layouts is None:
+        pytest.skip(f"Gluon of Triton {_triton.GLUON_OF}x is not installed")
     numbers = ("heads", "length", "shared_tiles", "sharers", "whole_tiles")
     for launch in _attention_hopper.launches(dim)[:1]:
         boxes = {
