@@ -8,6 +8,7 @@ from __future__ import annotations
 from ._field_network import (
     FACTOR,
     blob,
+    end_weights,
     exact_product,
     features_and_slopes_at,
     features_at,
@@ -15,13 +16,14 @@ from ._field_network import (
     load_inner,
     load_outer,
     load_vectors,
+    locate_ends,
     product,
+    rows_of,
     softplus,
     split,
     transposed,
-    unit_cube,
 )
-from ._grid_lookup import add_to_corners, exists, locate
+from ._grid_lookup import corner_row, exists
 from ._triton import jit, tl
 
 
@@ -46,6 +48,12 @@ def _blob_slope(x, y, z, strength, radius):
     square = x * x + y * y + z * z
     factor = tl.where(square > 1e-24, -strength / radius * tl.rsqrt(tl.maximum(square, 1e-24)), 0.0)
     return x * factor, y * factor, z * factor
+
+
+@jit
+def _sum_for_points(x):
+    """[2, BLOCK, LEVELS, 2] -> [BLOCK]."""
+    return tl.sum(tl.sum(tl.sum(x, axis=3), axis=2), axis=0)
 
 
 @jit(do_not_specialize=("n",))
@@ -83,23 +91,22 @@ def forward_kernel(
     n, block, behind = _blocks(p_count, n, BLOCK)
     while block < behind:
         o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x, y, z = load_vectors(p_points, o[:, None], (o < n)[:, None])
+        x, y, z = load_vectors(p_points, o, o < n)
         if p_normal is None:
             features = features_at(p_table, x, y, z, level, BLOCK, LEVELS)
         else:
             features, by_x, by_y, by_z = features_and_slopes_at(p_table, x, y, z, level, BLOCK, LEVELS)
-        features = split(tl.reshape(features, (BLOCK, WIDTH)))
+        features = split(features)
         hidden = product(features, inner)
-        x, y, z = load_vectors(p_points, o, o < n)
         raw = tl.sum(tl.maximum(hidden, 0.0) * outer[None, :], axis=1) + blob(x, y, z, strength, radius)
         tl.store(p_sigma + o, softplus(raw), mask=o < n)
         if p_normal is not None:
             active = tl.where(hidden > 0.0, 1.0, 0.0).to(FACTOR)
-            slope = exact_product(active, through)
+            slope = tl.reshape(exact_product(active, through), (1, BLOCK, LEVELS, 2))
             bx, by, bz = _blob_slope(x, y, z, strength, radius)
-            gx = 0.5 * tl.sum(slope * tl.reshape(by_x, (BLOCK, WIDTH)), axis=1) + bx
-            gy = 0.5 * tl.sum(slope * tl.reshape(by_y, (BLOCK, WIDTH)), axis=1) + by
-            gz = 0.5 * tl.sum(slope * tl.reshape(by_z, (BLOCK, WIDTH)), axis=1) + bz
+            gx = 0.5 * _sum_for_points(slope * by_x) + bx
+            gy = 0.5 * _sum_for_points(slope * by_y) + by
+            gz = 0.5 * _sum_for_points(slope * by_z) + bz
             square = gx * gx + gy * gy + gz * gz
             inverse = tl.where(square > 1e-24, tl.rsqrt(tl.maximum(square, 1e-24)), 0.0)
             tl.store(p_normal + o * 3, -gx * inverse, mask=o < n)
@@ -136,55 +143,70 @@ def _grad_slope(p_normal, p_grad_normal, p_inverse, o, m):
 
 
 @jit
-def _share(fraction, g, s, slope, X: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr):
-    wx = fraction[0] if X else 1.0 - fraction[0]
-    wy = fraction[1] if Y else 1.0 - fraction[1]
-    wz = fraction[2] if Z else 1.0 - fraction[2]
-    share = tl.expand_dims(wx * wy * wz, -1) * g
+def _share(place, slope, g, s, Y: tl.constexpr, Z: tl.constexpr):
+    weight, sign = end_weights(place[0])
+    wy = place[1] if Y else 1.0 - place[1]
+    wz = place[2] if Z else 1.0 - place[2]
+    share = tl.expand_dims(weight * wy * wz, -1) * g
     if slope is not None:
-        along = (slope[0] if X else -slope[0]) * (wy * wz)
-        along += (slope[1] if Y else -slope[1]) * (wx * wz)
-        along += (slope[2] if Z else -slope[2]) * (wx * wy)
-        share += tl.expand_dims(along, -1) * s
+        across = (slope[1] if Y else -slope[1]) * wz + (slope[2] if Z else -slope[2]) * wy
+        share += tl.expand_dims(sign * slope[0] * (wy * wz) + weight * across, -1) * s
     return share
 
 
 @jit
-def _shares(p_points, p_normal, p_grad_normal, p_inverse, o, m, g, s, level):
-    """Cells of points, and the gradients by the entries of their eight corners: g, s [*S, 2] belong to the
-    features' values and, along the gradient by the slope, to their differences."""
+def _of_run(x, j, GROUPS: tl.constexpr, RUN: tl.constexpr, LEVELS: tl.constexpr):
+    """Rows g RUN + j of x [GROUPS RUN, 2 LEVELS], as [1, GROUPS, LEVELS, 2]."""
+    x = tl.permute(tl.reshape(x, (GROUPS, RUN, LEVELS, 2)), (0, 2, 3, 1))
+    return tl.expand_dims(tl.sum(tl.where(tl.arange(0, RUN) == j, x, 0.0), axis=3), 0)
+
+
+@jit
+def _shares(
+    upstream, o_run, n, g, s, j, level, GROUPS: tl.constexpr, RUN: tl.constexpr, LEVELS: tl.constexpr
+):
+    """Of the ``j``-th points of the runs: the cells of their edges' ends, and the gradients by the entries at the ends
+    of the four edges, each [2, GROUPS, LEVELS, 2].
+
+    g, the gradient by a feature, goes to its value; s, the slope of raw by it, along the gradient by the slope of raw
+    to its differences.
+    """
+    p_points, p_normal, p_grad_normal, p_inverse = upstream
+    o = o_run + j
+    m = o < n
     # Volatile: what was computed for the look-up is computed again, rather than kept in registers meanwhile.
-    x = unit_cube(tl.load(p_points + o * 3, mask=m, other=0.0, volatile=True))
-    y = unit_cube(tl.load(p_points + o * 3 + 1, mask=m, other=0.0, volatile=True))
-    z = unit_cube(tl.load(p_points + o * 3 + 2, mask=m, other=0.0, volatile=True))
-    cell, fraction = locate(x, y, z, level)
+    x = tl.load(p_points + o * 3, mask=m, other=0.0, volatile=True)
+    y = tl.load(p_points + o * 3 + 1, mask=m, other=0.0, volatile=True)
+    z = tl.load(p_points + o * 3 + 2, mask=m, other=0.0, volatile=True)
+    cell, place = locate_ends(x, y, z, level)
     if p_grad_normal is None:
         slope = None
     else:
         sx, sy, sz = _grad_slope(p_normal, p_grad_normal, p_inverse, o, m)
-        slope = (level[0] * sx, level[0] * sy, level[0] * sz)
+        slope = (level[0] * sx[None, :, None], level[0] * sy[None, :, None], level[0] * sz[None, :, None])
+    g, s = _of_run(g, j, GROUPS, RUN, LEVELS), _of_run(s, j, GROUPS, RUN, LEVELS)
     shares = ()
-    for corner in tl.static_range(8):
-        share = _share(fraction, g, s, slope, corner & 1, corner >> 1 & 1, corner >> 2)
+    for edge in tl.static_range(4):
+        share = _share(place, slope, g, s, edge & 1, edge >> 1)
         shares += (share,)  # type: ignore[assignment]
     return cell, shares
 
 
 @jit
-def _sum_where(m, a, b):
-    """b, plus a where ``m`` [*S]: tuples of [*S, 2]."""
-    sums = ()
-    for corner in tl.static_range(8):
-        both = b[corner] + tl.where(tl.expand_dims(m, -1), a[corner], 0.0)
-        sums += (both,)  # type: ignore[assignment]
-    return sums
+def _add(p_grad_table, cell, level, m, shares):
+    for edge in tl.static_range(4):
+        p_rows = p_grad_table + rows_of(corner_row(cell, level, 0, edge & 1, edge >> 1))
+        tl.atomic_add(p_rows, shares[edge], mask=tl.expand_dims(m, -1), sem="relaxed")
 
 
 @jit
-def _of_run(x, j, GROUPS: tl.constexpr, RUN: tl.constexpr, LEVELS: tl.constexpr):
-    """Rows g RUN + j of x [GROUPS RUN, 2 LEVELS], as [GROUPS, LEVELS, 2]."""
-    x = tl.permute(tl.reshape(x, (GROUPS, RUN, LEVELS, 2)), (0, 2, 3, 1))
-    return tl.sum(tl.where(tl.arange(0, RUN) == j, x, 0.0), axis=3)
+def _sum_where(m, a, b):
+    """b, plus a where ``m``, for four edges."""
+    sums = ()
+    for edge in tl.static_range(4):
+        both = b[edge] + tl.where(tl.expand_dims(m, -1), a[edge], 0.0)
+        sums += (both,)  # type: ignore[assignment]
+    return sums
 
 
 @jit
@@ -202,30 +224,24 @@ def _scatter(
     GROUPS: tl.constexpr,
     RUN: tl.constexpr,
     LEVELS: tl.constexpr,
-    PAIRS: tl.constexpr,
 ):
     """Add both orders to the table's gradient.
 
-    Neighbouring points are samples of a ray: many share a cell of the coarse levels, and additions to the same
-    entry wait for each other. So a thread takes RUN neighbours, one after another, and adds for those in the same
-    cell together.
+    Neighbouring points are samples of a ray: many share a cell of the coarse levels, and additions to the same entry
+    wait for each other. So a thread takes RUN neighbours, one after another, and adds for those in the same cell
+    together.
     """
-    m = tl.full((GROUPS, LEVELS), False, tl.int1)
-    nothing = tl.zeros((GROUPS, LEVELS), tl.uint32)
-    cell = (nothing, nothing, nothing)
-    shares = (tl.zeros((GROUPS, LEVELS, 2), tl.float32),) * 8
-    for j in tl.range(0, RUN + 1):
-        o = o_run + j
-        m_point = (o < n) & (j < RUN)
-        g_point, s_point = _of_run(g, j, GROUPS, RUN, LEVELS), _of_run(s, j, GROUPS, RUN, LEVELS)
-        cell_next, shares_next = _shares(
-            p_points, p_normal, p_grad_normal, p_inverse, o, m_point, g_point, s_point, level
-        )
-        m_next = m_point & exists(level)
+    upstream = (p_points, p_normal, p_grad_normal, p_inverse)
+    m = (o_run < n)[None, :, None] & exists(level)
+    cell, shares = _shares(upstream, o_run, n, g, s, 0, level, GROUPS, RUN, LEVELS)
+    for j in tl.range(1, RUN):
+        m_next = (o_run + j < n)[None, :, None] & exists(level)
+        cell_next, shares_next = _shares(upstream, o_run, n, g, s, j, level, GROUPS, RUN, LEVELS)
         same = m_next & (cell[0] == cell_next[0]) & (cell[1] == cell_next[1]) & (cell[2] == cell_next[2])
-        add_to_corners(p_grad_table, cell, level, m & ~same, shares, 2, PAIRS)
-        shares = _sum_where(m & same, shares, shares_next)
+        _add(p_grad_table, cell, level, m & ~same, shares)
+        shares = _sum_where(same, shares, shares_next)
         cell, m = cell_next, m_next
+    _add(p_grad_table, cell, level, m, shares)
 
 
 @jit(do_not_specialize=("n",))
@@ -257,7 +273,6 @@ def backward_kernel(
     HIDDEN: tl.constexpr,
     GROUPS: tl.constexpr,
     RUN: tl.constexpr,
-    PAIRS: tl.constexpr,
 ):
     """p_grad_sigma, p_grad_albedo, p_grad_normal: None for outputs that the loss does not use."""
     BLOCK: tl.constexpr = GROUPS * RUN
@@ -273,18 +288,19 @@ def backward_kernel(
         grad_colour_outer = tl.zeros((HIDDEN, 16), tl.float32)
     n, block, behind = _blocks(p_count, n, BLOCK)
     while block < behind:
-        o = (block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
-        m = o < n
-        x, y, z = load_vectors(p_points, o, m)
+        o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x, y, z = load_vectors(p_points, o, o < n)
         if p_grad_normal is None:
             features = features_at(p_table, x, y, z, level, BLOCK, LEVELS)
             second = tl.zeros((BLOCK, WIDTH), tl.float32)
         else:
-            slope = _grad_slope(p_normal, p_grad_normal, p_inverse, o, m)
             features, by_x, by_y, by_z = features_and_slopes_at(p_table, x, y, z, level, BLOCK, LEVELS)
-            second = slope[0][:, :, None] * by_x + slope[1][:, :, None] * by_y + slope[2][:, :, None] * by_z
-            second = tl.reshape(second, (BLOCK, WIDTH))
-        features = tl.reshape(features, (BLOCK, WIDTH))
+            sx, sy, sz = _grad_slope(p_normal, p_grad_normal, p_inverse, o, o < n)
+            moved = sx[None, :, None, None] * by_x + sy[None, :, None, None] * by_y
+            moved += sz[None, :, None, None] * by_z
+            second = tl.reshape(tl.sum(moved, axis=0), (BLOCK, WIDTH))
+        o = o[:, None]
+        m = o < n
         if p_grad_sigma is not None:
             second += _grad_raw(p_sigma, p_grad_sigma, o, m) * features
         features, second = split(features), split(second)
@@ -309,7 +325,7 @@ def backward_kernel(
             grad_colour_outer = product(hidden, split(grad_out), grad_colour_outer)
             grad_colour_inner = product(transposed(grad_hidden), features, grad_colour_inner)
             g = product(grad_hidden, colour_inner, g)
-        o_run = (block.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]) * RUN
+        o_run = (block.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)) * RUN
         _scatter(
             p_points,
             p_normal,
@@ -324,7 +340,6 @@ def backward_kernel(
             GROUPS,
             RUN,
             LEVELS,
-            PAIRS,
         )
         block += 1
 

@@ -1,10 +1,13 @@
 """The radiance field inside Triton kernels: device functions for a block of points.
 
-All levels of the hash grid are looked up at once, [BLOCK, LEVELS, 2], and their features are the rows of a matrix,
-[BLOCK, 2 LEVELS]; see ``_grid_lookup`` for the level parameters. Products of float32 numbers run on tensor cores
-as sums of products of bfloat16 numbers, each factor split into two: exact to about 2^-16 of the factors. Where a
-ReLU is active is exact in bfloat16, so that a slope, a sum of weights over active hidden units, takes two
-products in place of three.
+All levels of the hash grid are looked up at once. A point's cell has four edges along x on each level; the two ends
+of an edge are neighbours in the table nearly always, so two neighbouring lanes load them, and one cache line
+answers both. They are the first axis of what is looked up, [2 ends, BLOCK, LEVELS, 2 features]; what a point has of
+both is their sum over that axis, the rows of a matrix [BLOCK, 2 LEVELS].
+
+Products of float32 numbers run on tensor cores as sums of products of bfloat16 numbers, each factor split into two:
+exact to about 2^-16 of the factors. Where a ReLU is active is exact in bfloat16, so that a slope, a sum of weights
+over active hidden units, takes two products in place of three.
 
 Another kernel that needs densities on its way calls :func:`density_at`.
 """
@@ -16,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._grid_lookup import GridLevel, level_parameters, load_levels, locate, lookup, lookup_with_slopes, padded
+from ._grid_lookup import GridLevel, corner_row, level_parameters, load_levels, locate, padded
 from ._triton import constant, interpreted, jit, tl
 
 LEAST_LEVELS = 8
@@ -40,8 +43,8 @@ def count_levels(levels: tuple[GridLevel, ...]) -> int:
 
 @jit
 def load_field_levels(p_levels, LEVELS: tl.constexpr):
-    """All levels, each number [1, LEVELS]."""
-    return load_levels(p_levels, tl.arange(0, LEVELS)[None, :], LEVELS)
+    """All levels, each number [1, 1, LEVELS]."""
+    return load_levels(p_levels, tl.arange(0, LEVELS)[None, None, :], LEVELS)
 
 
 @jit
@@ -60,19 +63,68 @@ def load_vectors(p, o, m):
 
 
 @jit
+def locate_ends(x, y, z, level):
+    """Where the points' edges begin and end.
+
+    x, y, z [BLOCK] in the box -> the ends' cells, for ``corner_row`` with X = 0: three that broadcast to
+    [2, BLOCK, LEVELS]; the points' places in their own cells, three of [1, BLOCK, LEVELS].
+    """
+    x, y, z = unit_cube(x)[None, :, None], unit_cube(y)[None, :, None], unit_cube(z)[None, :, None]
+    cell, place = locate(x, y, z, level)
+    return (cell[0] + tl.arange(0, 2)[:, None, None].to(tl.uint32), cell[1], cell[2]), place
+
+
+@jit
+def end_weights(place):
+    """What the ends count for at a place along x, [2, BLOCK, LEVELS], and their weights' derivative, [2, 1, 1]."""
+    upper = tl.arange(0, 2)[:, None, None] == 1
+    return tl.where(upper, place, 1.0 - place), tl.where(upper, 1.0, -1.0)
+
+
+@jit
+def rows_of(row):
+    """Where the features of the table's rows lie, with a last axis of them."""
+    return tl.expand_dims(row * 2, -1) + tl.arange(0, 2)
+
+
+@jit
+def _load_ends(p_table, cell, level, Y: tl.constexpr, Z: tl.constexpr):
+    return tl.load(p_table + rows_of(corner_row(cell, level, 0, Y, Z))).to(tl.float32)
+
+
+@jit
+def _look_up(p_table, cell, place, level):
+    """Features at the ends, interpolated in y and z, and their slopes in y and z in units of the cell."""
+    fy, fz = tl.expand_dims(place[1], -1), tl.expand_dims(place[2], -1)
+    low = _load_ends(p_table, cell, level, 0, 0)
+    dy_low = _load_ends(p_table, cell, level, 1, 0) - low
+    high = _load_ends(p_table, cell, level, 0, 1)
+    dy_high = _load_ends(p_table, cell, level, 1, 1) - high
+    low += fy * dy_low
+    dz = high + fy * dy_high - low
+    return low + fz * dz, dy_low + fz * (dy_high - dy_low), dz
+
+
+@jit
 def features_at(p_table, x, y, z, level, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Features [BLOCK, LEVELS, 2] of points of the box, x, y, z [BLOCK, 1]."""
-    everywhere = tl.full((BLOCK, LEVELS), True, tl.int1)
-    cell, fraction = locate(unit_cube(x), unit_cube(y), unit_cube(z), level)
-    return lookup(p_table, cell, fraction, level, everywhere, 2)
+    """Features [BLOCK, 2 LEVELS] of points x, y, z [BLOCK] of the box."""
+    cell, place = locate_ends(x, y, z, level)
+    value, _, _ = _look_up(p_table, cell, place, level)
+    weight = tl.expand_dims(end_weights(place[0])[0], -1)
+    return tl.reshape(tl.sum(weight * value, axis=0), (BLOCK, 2 * LEVELS))
 
 
 @jit
 def features_and_slopes_at(p_table, x, y, z, level, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """As :func:`features_at`, and the features' derivatives by the coordinates in the unit cube."""
-    everywhere = tl.full((BLOCK, LEVELS), True, tl.int1)
-    cell, fraction = locate(unit_cube(x), unit_cube(y), unit_cube(z), level)
-    return lookup_with_slopes(p_table, cell, fraction, level, everywhere, 2)
+    """As :func:`features_at`, and the ends' shares of the features' derivatives by the coordinates in the unit cube:
+    three of [2, BLOCK, LEVELS, 2]."""
+    cell, place = locate_ends(x, y, z, level)
+    value, dy, dz = _look_up(p_table, cell, place, level)
+    weight, sign = end_weights(place[0])
+    weight, scale = tl.expand_dims(weight, -1), tl.expand_dims(level[0], -1)
+    features = tl.reshape(tl.sum(weight * value, axis=0), (BLOCK, 2 * LEVELS))
+    weight *= scale
+    return features, tl.expand_dims(sign, -1) * scale * value, weight * dy, weight * dz
 
 
 @jit
@@ -144,12 +196,12 @@ def density_at(
         inner = transposed(split(load_inner(p_inner, H, WIDTH_IN, HIDDEN, 2 * LEVELS)))  # of [H, WIDTH_IN]
         outer = load_outer(p_outer, 0, H, HIDDEN)  # HIDDEN >= 16 a power of two
 
-    The table holds two features to a row, float32 or half precision. Every lane looks a point up: lanes that
-    have none get any finite one, as zero. A thread is well used with eight look-ups, of one level each: 4
-    warps for BLOCK = 64. Loops need num_stages=1: pipelined look-ups would go through shared memory.
+    The table holds two features to a row, float32 or half precision. Every lane looks a point up: lanes that have none
+    get any finite one, as zero. Four warps suit BLOCK = 64. Loops need num_stages=1: pipelined look-ups would go
+    through shared memory.
     """
-    features = features_at(p_table, x[:, None], y[:, None], z[:, None], level, BLOCK, LEVELS)
-    hidden = product(split(tl.reshape(features, (BLOCK, 2 * LEVELS))), inner)
+    features = features_at(p_table, x, y, z, level, BLOCK, LEVELS)
+    hidden = product(split(features), inner)
     return softplus(
         tl.sum(tl.maximum(hidden, 0.0) * outer[None, :], axis=1) + blob(x, y, z, strength, radius)
     )
