@@ -332,8 +332,7 @@ def decoupled_cross_attention(
         k_text, v_text: [B, Lt, H, D], B divides N.
         k_image, v_image: [B', Li, H, D], B' divides N; both None for text only.
         image_scale: weight of the image branch, 1 as trained.
-        backend: ``"auto"``, ``"triton"`` (head sizes 32, 64 and 128) or ``"torch"``
-            (scaled_dot_product_attention, twice).
+        backend: ``"auto"``, ``"triton"`` (head sizes 32, 64, 128) or ``"torch"`` (two of PyTorch's attentions).
 
     Returns:
         [N, T, H*D] in the dtype of ``q``, contiguous.
@@ -354,12 +353,13 @@ def decoupled_cross_attention(
     _check(q, k_text, v_text, "text")
     if k_image is not None and v_image is not None:
         _check(q, k_image, v_image, "image")
-    if use_triton(backend, q, k_text, v_text, k_image, v_image) and _fits(
-        backend, q, k_text, v_text, k_image
-    ):
+    given = (q, k_text, v_text, k_image)
+    if use_triton(backend, *given, v_image) and _fits(backend, *given):
         # Queries do not see each other, so the frames that share all their keys are one longer row of queries.
         n, t, h, d = q.shape
-        shared = math.gcd(*(n // k.shape[0] for k in (k_text, k_image) if k is not None)) or 1
+        shared = max(1, n // k_text.shape[0])
+        if k_image is not None and k_image.shape[0] != k_text.shape[0]:
+            shared = math.gcd(shared, n // k_image.shape[0])
         rows = q.reshape(n // shared, shared * t, h, d)
         return _attention(rows, k_text, v_text, k_image, v_image, image_scale).view(n, t, h * d)
     out = _attend_torch(q, k_text, v_text)

@@ -151,7 +151,7 @@ def test_load_unet_takes_every_form(state: State, tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         assert not unet.training
         assert not any(parameter.requires_grad for parameter in unet.parameters())
-    mine = bare(state)
+    mine = {name: tensor.clone() for name, tensor in bare(state).items()}
     unet = load_unet(mine)
     mine["out.2.bias"].fill_(7)
     assert not torch.equal(unet.state_dict()["out.2.bias"], mine["out.2.bias"])
