@@ -53,8 +53,10 @@ def staged(folder: str | Path) -> Iterator[Path]:
     try:
         stage.mkdir(parents=True)
         yield stage
+        usual = _usual_mode(stage)
         for path in sorted(stage.iterdir()):
             _flush(path)
+            path.chmod(usual)
         for path in sorted(stage.iterdir()):
             os.replace(path, folder / path.name)
         done = True
@@ -84,6 +86,15 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with replacing(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
+
+
+def _usual_mode(folder: Path) -> int:
+    """Permissions that this user's new files have in ``folder``; some writers keep theirs to the user alone."""
+    probe = folder / f".{secrets.token_hex(8)}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
 
 
 def _flush(path: Path) -> None:

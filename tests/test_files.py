@@ -81,3 +81,12 @@ def test_json_is_read_back_and_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "m.json", {"seconds": float("nan")})
     assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["seconds"] == 1.5
+
+
+def test_files_have_the_permissions_of_any_other_new_file(tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        (stage / "secret").touch(mode=0o600)
+        (stage / "usual").touch()
+    (tmp_path / "other").touch()
+    assert (tmp_path / "secret").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "usual", "other"}
