@@ -30,11 +30,10 @@ from ..engine.fuse import Fusion
 from ..engine.graphed import GraphedStep
 from ..engine.model import MultiViewModel
 from ..engine.picture import PreparedPicture
+from ..engine.warmup import OPAQUE_BLOB
 from ..engine.weights import load_model
 from .harness import need_cuda, time_us, versions
 
-SOLID = 200.0
-"""Blob strength that makes an untrained field a solid ball."""
 SEED = 0
 
 
@@ -91,7 +90,7 @@ def run(
     need_cuda()
     config = preset_named(preset)
     config = replace(
-        config, albedo_only_until=0, field=replace(config.field, blob_strength=SOLID), warm_start=None
+        config, albedo_only_until=0, field=replace(config.field, blob_strength=OPAQUE_BLOB), warm_start=None
     )
     rows = []
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import losses
 from .condition_bank import Conditions
 from .config import FusionConfig, Stage
 from .distill import MultiViewGuidance
@@ -26,6 +25,7 @@ from .field_state import FieldState
 from .graphed import GraphedStep
 from .nerf.render import Capacity, RenderOutput, render, sample_rays_within
 from .nerf.shading import Shading
+from .objective import objective
 
 LOOK_EVERY = 20
 """Steps between looks at the sample counts."""
@@ -95,6 +95,11 @@ class CapturedDistillation:
         candidates, kept = self._most_found.tolist()
         return candidates, kept
 
+    @property
+    def _most(self) -> Capacity:
+        """The largest buffers there may be."""
+        return Capacity(MOST_CANDIDATES, self.config.render.max_samples)
+
     def _enter(self, stage: Stage) -> None:
         self._stage = stage
         width, device = row_width(stage.views), self.state.device
@@ -113,7 +118,7 @@ class CapturedDistillation:
         rays = self.inputs.cameras.rays(self._stage.resolution)
         state = self.state
         _, found = sample_rays_within(
-            Capacity(MOST_CANDIDATES, self.config.render.max_samples),
+            self._most,
             state.field,
             state.occupancy,
             rays.origins.reshape(-1, 3),
@@ -125,9 +130,9 @@ class CapturedDistillation:
         return candidates, kept
 
     def _choose_capacity(self, found: tuple[int, int]) -> None:
-        most = (MOST_CANDIDATES, self.config.render.max_samples)
         rows = (
-            min(math.ceil(n * ROOM / GRAIN + 1) * GRAIN, limit) for n, limit in zip(found, most, strict=True)
+            min(math.ceil(n * ROOM / GRAIN + 1) * GRAIN, limit)
+            for n, limit in zip(found, self._most, strict=True)
         )
         self._capacity = Capacity(*rows)
         # The old graph's memory must be free before the new one takes its own.
@@ -152,10 +157,9 @@ class CapturedDistillation:
             )
         ample = [rows <= GRAIN * 2 for rows in self._capacity]
         wasteful = any(share < WASTEFUL and not a for share, a in zip(shares, ample, strict=True))
-        limits = (MOST_CANDIDATES, self.config.render.max_samples)
         tight = any(
             share > TIGHT and rows < limit
-            for share, rows, limit in zip(shares, self._capacity, limits, strict=True)
+            for share, rows, limit in zip(shares, self._capacity, self._most, strict=True)
         )
         if tight or wasteful:
             self._choose_capacity((found[0], found[1]))
@@ -209,23 +213,4 @@ class CapturedDistillation:
             inputs.t.long()[0],
             streams["noise"],
         )
-        samples = out.samples
-        assert samples.normals is not None
-        values = {
-            "sds": losses.reconstruction_loss(latents, target),
-            "orient": losses.orientation_loss(
-                samples.weights, samples.normals, samples.directions, out.opacity, samples.count
-            ),
-        }
-        total = config.lambda_sds * values["sds"] + inputs.lambda_orient[0] * values["orient"]
-        if config.lambda_sparsity:
-            values["sparsity"] = losses.sparsity_loss(out.opacity)
-            total = total + config.lambda_sparsity * values["sparsity"]
-        if config.lambda_opaque:
-            values["opaque"] = losses.opaque_loss(out.opacity)
-            total = total + config.lambda_opaque * values["opaque"]
-        if config.lambda_z_variance:
-            values["z_variance"] = losses.z_variance_loss(out.z_variance, out.opacity)
-            total = total + config.lambda_z_variance * values["z_variance"]
-        values["loss"] = total
-        return values
+        return objective(config, out, latents, target, inputs.lambda_orient[0])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import use_triton
-from . import losses
 from .captured import CapturedDistillation
 from .checkpoint import config_to_json, differences, read_tensors, write_tensors
 from .condition_bank import Conditions, GreyBank, MatchedColour
@@ -24,7 +23,8 @@ from .errors import Cancelled, FusionError, InputError
 from .field_state import OWN, Backends, FieldState
 from .fused_field import CHECKPOINT_KIND, FusedField
 from .model import Cancel, Progress
-from .nerf.render import RenderOutput, render
+from .nerf.render import render
+from .objective import objective
 from .run_context import deterministic, interrupt_between_steps
 from .warm_start import ViewSource, WarmStartFit, sampling_steps
 
@@ -266,36 +266,9 @@ class Fusion:
         latents = self.guidance.encode(out.rgb, streams["vae"])
         seen = matched_colour(out.background_rgb if colour is None else colour, config.background_match)
         target = self.guidance.target(latents.detach(), cameras, seen, draws.t, streams["noise"])
-        values = {"sds": losses.reconstruction_loss(latents, target)}
-        total = config.lambda_sds * values["sds"]
-        for name, weight in self._regularisers(step).items():
-            if weight != 0.0:
-                values[name] = _regulariser(name, out)
-                total = total + weight * values[name]
-        values["loss"] = total
-        state.minimise(total)
+        values = objective(config, out, latents, target, config.lambda_orient.at(step))
+        state.minimise(values["loss"])
         return out.opacity, values
-
-    def _regularisers(self, step: int) -> dict[str, float]:
-        config = self.config
-        return {
-            "orient": config.lambda_orient.at(step),
-            "sparsity": config.lambda_sparsity,
-            "opaque": config.lambda_opaque,
-            "z_variance": config.lambda_z_variance,
-        }
-
-
-def _regulariser(name: str, out: RenderOutput) -> Tensor:
-    if name == "orient":
-        samples = out.samples
-        assert samples.normals is not None
-        return losses.orientation_loss(samples.weights, samples.normals, samples.directions, out.opacity)
-    if name == "sparsity":
-        return losses.sparsity_loss(out.opacity)
-    if name == "opaque":
-        return losses.opaque_loss(out.opacity)
-    return losses.z_variance_loss(out.z_variance, out.opacity)
 
 
 def _floats(values: dict[str, Tensor]) -> dict[str, float]:
