@@ -29,6 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import imagedream_rt
 from imagedream_rt.engine.asset import Asset
 from imagedream_rt.engine.config import PRESETS
+from imagedream_rt.kernels._tuning import Tuned
 
 # A run started in the background inherits an ignored Ctrl-C, and the tests of interrupts need one that works.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,6 +68,12 @@ def kernel_device() -> torch.device:
     """Where kernels are tested: the GPU, or the CPU in Triton's interpreter."""
     pytest.importorskip("triton")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first launch of each kernel: tuning would compile all of them for every little shape."""
+    monkeypatch.setattr(Tuned, "choose", lambda self, device, key, run: self.candidates(*key)[0])
 
 
 @pytest.fixture

@@ -143,11 +143,7 @@ def test_attention_on_the_gpu_equals_reference(dtype: torch.dtype) -> None:
     assert_close(multi_view_attention(qkv), multi_view_attention_reference(qkv.double()))
 
 
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first launch of each kernel: tuning would compile all of them for every little shape."""
-    for tuned in TUNED:
-        monkeypatch.setattr(tuned, "choose", lambda _, key, __, tuned=tuned: tuned.candidates(*key)[0])
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 TUNED = (attention._tuned, _attention_backward._query_tuned, _attention_backward._key_value_tuned)

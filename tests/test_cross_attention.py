@@ -17,12 +17,7 @@ from imagedream_rt.kernels.cross_attention import (
     decoupled_cross_attention_reference,
 )
 
-
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first launch of each kernel: tuning would compile all of them for every little shape."""
-    tuned = cross_attention._TUNED
-    monkeypatch.setattr(tuned, "choose", lambda _, key, __: tuned.candidates(*key)[0])
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 CROSS_SHAPES = [

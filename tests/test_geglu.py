@@ -18,11 +18,7 @@ REAL_SHAPES = [(10, 1024, 2560), (10, 256, 5120), (10, 64, 10240), (10, 16, 1024
 HALF_AND_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first launch of each kernel: tuning would compile all of them for every little shape."""
-    for tuned in (module._FORWARD, module._BACKWARD):
-        monkeypatch.setattr(tuned, "choose", lambda _, key, __, tuned=tuned: tuned.candidates(*key)[0])
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 def assert_kernel_equals_reference(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from imagedream_rt.kernels import group_norm as module
 from imagedream_rt.kernels._group_tiles import chunked_candidates, constants, whole_candidates
 from imagedream_rt.kernels._triton import HALF_AND_SINGLE
-from imagedream_rt.kernels._tuning import Launch, Tuned
+from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.group_norm import group_norm, group_norm_reference
 
 EPS = 1e-5
@@ -43,10 +43,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def first_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time goes into tuning, and nothing into its file: every candidate has a test of its own."""
-    monkeypatch.setattr(Tuned, "choose", lambda self, device, key, run: self.candidates(*key)[0])
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 def run_plan(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imagedream_rt.kernels import group_norm_backward as module
 from imagedream_rt.kernels._group_tiles import chunked_candidates, constants, whole_candidates
-from imagedream_rt.kernels._tuning import Launch, Tuned
+from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.group_norm import group_norm, group_norm_reference
 
 EPS = 1e-5
@@ -26,10 +26,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def first_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time goes into tuning, and nothing into its file: every candidate has a test of its own."""
-    monkeypatch.setattr(Tuned, "choose", lambda self, device, key, run: self.candidates(*key)[0])
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 def truth(given: Inputs, cotangent: Tensor, **options: Any) -> list[Tensor]:

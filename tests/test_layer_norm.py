@@ -27,11 +27,7 @@ HALF_AND_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
 Result = tuple[Tensor, ...]
 
 
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first launch of each kernel: tuning would compile all of them for every little shape."""
-    tuned = module._FORWARD
-    monkeypatch.setattr(tuned, "choose", lambda _, key, __: tuned.candidates(*key)[0])
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 def compare(
