@@ -228,4 +228,5 @@ def test_captured_in_a_graph_and_compiled() -> None:
 
     compiled = torch.compile(group_norm, fullgraph=True)
     y = compiled(given.x, given.weight, given.bias, eps=EPS, silu=True, shift=given.shift)
-    torch.testing.assert_close(torch.autograd.grad(y, given.x, cotangent)[0], wanted, rtol=0, atol=0)
+    compiled_gradient = torch.autograd.grad(y, given.x, cotangent)[0]
+    torch.testing.assert_close(compiled_gradient, wanted, rtol=2**-8, atol=2**-8)

@@ -377,7 +377,8 @@ def test_every_launch_adds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = everything(*given, backend="torch")
     for launch in _hash_grid_kernels._candidates(2, True, True, 20):
         monkeypatch.setattr(_hash_grid_kernels, "_TUNED", SimpleNamespace(choose=lambda *_, one=launch: one))
-        agree(everything(*given), wanted)
+        # A million float32 terms a row, in another order by every launch.
+        agree(everything(*given), wanted, 3e-5)
 
 
 @pytest.mark.gpu
