@@ -137,14 +137,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("imagedream_rt::geglu", mutates_args=())
-def _geglu(projected: Tensor) -> Tensor:
+def gate(projected: Tensor, dtype: torch.dtype) -> Tensor:
+    """The kernel's result in ``dtype``; shapes as :func:`geglu`."""
     channels = projected.shape[-1] // 2
-    out = projected.new_empty(*projected.shape[:-1], channels)
+    out = projected.new_empty(*projected.shape[:-1], channels, dtype=dtype)
     if out.numel():
         rows = _rows(projected)
         _launch(_FORWARD, (rows, out), (rows.stride(0),), channels)
     return out
+
+
+@torch.library.custom_op("imagedream_rt::geglu", mutates_args=())
+def _geglu(projected: Tensor) -> Tensor:
+    return gate(projected, projected.dtype)
 
 
 @torch.library.custom_op("imagedream_rt::geglu_backward", mutates_args=())
@@ -195,8 +200,13 @@ def geglu(projected: Tensor, backend: KernelBackend = "auto") -> Tensor:
         >>> geglu(torch.tensor([2.0, 3.0, 0.0, 100.0])).tolist()  # gelu(0) = 0, gelu(100) = 100
         [0.0, 300.0]
     """
-    if projected.ndim == 0 or projected.shape[-1] % 2:
-        raise ValueError(f"projected must be [..., 2C], got {list(projected.shape)}")
+    check(projected)
     if use_triton(backend, projected):
         return _geglu(projected)
     return geglu_reference(projected)
+
+
+def check(projected: Tensor) -> None:
+    """Raises ``ValueError`` where the shape does not fit."""
+    if projected.ndim == 0 or projected.shape[-1] % 2:
+        raise ValueError(f"projected must be [..., 2C], got {list(projected.shape)}")

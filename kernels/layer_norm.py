@@ -167,12 +167,17 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _normalise(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+def normalise(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum (``x`` itself without a ``delta``) and its norm."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = x if delta is None else torch.empty_like(out)
+    """The kernel's sum (``x`` itself without a ``delta``) and norm, in ``dtype`` or else that of ``x``."""
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    total = x if delta is None else torch.empty_like(out, dtype=x.dtype)
     if not x.numel():
         return total, out
     channels = x.shape[-1]
@@ -192,14 +197,14 @@ def _normalise(
 
 @torch.library.custom_op("imagedream_rt::layer_norm", mutates_args=())
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _normalise(x, None, weight, bias, eps)[1]
+    return normalise(x, None, weight, bias, eps)[1]
 
 
 @torch.library.custom_op("imagedream_rt::add_layer_norm", mutates_args=())
 def _add_layer_norm(
     x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return _normalise(x, delta, weight, bias, eps)
+    return normalise(x, delta, weight, bias, eps)
 
 
 @torch.library.custom_op("imagedream_rt::layer_norm_backward", mutates_args=())
@@ -294,8 +299,8 @@ def layer_norm(
         >>> layer_norm(torch.tensor([1.0, 3.0]), torch.ones(2), torch.tensor([0.0, 1.0]), eps=0.0).tolist()
         [-1.0, 2.0]
     """
-    _check(x, weight, bias)
-    if use_triton(backend, x, weight, bias) and _fits(x, backend):
+    check(x, weight, bias)
+    if use_triton(backend, x, weight, bias) and fits(x, backend):
         return _layer_norm(x, weight, bias, eps)
     return layer_norm_reference(x, weight, bias, eps)
 
@@ -320,26 +325,27 @@ def add_layer_norm(
         >>> [part.tolist() for part in add_layer_norm(x, ones, ones, ones, eps=0.0)]
         [[2.0, 4.0], [0.0, 2.0]]
     """
-    _check(x, weight, bias)
-    if delta.shape != x.shape or delta.dtype != x.dtype:
-        raise ValueError(
-            f"delta must have the shape and dtype of x, {list(x.shape)} in {x.dtype}, "
-            f"got {list(delta.shape)} in {delta.dtype}"
-        )
-    if use_triton(backend, x, delta, weight, bias) and _fits(x, backend):
+    check(x, weight, bias, delta)
+    if use_triton(backend, x, delta, weight, bias) and fits(x, backend):
         return _add_layer_norm(x, delta, weight, bias, eps)
     return add_layer_norm_reference(x, delta, weight, bias, eps)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor, delta: Tensor | None = None) -> None:
+    """Raises ``ValueError`` where shapes or dtypes do not fit."""
     if x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(
             "x must be [..., C] and weight and bias [C], "
             f"got {list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
         )
+    if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype):
+        raise ValueError(
+            f"delta must have the shape and dtype of x, {list(x.shape)} in {x.dtype}, "
+            f"got {list(delta.shape)} in {delta.dtype}"
+        )
 
 
-def _fits(x: Tensor, backend: str) -> bool:
+def fits(x: Tensor, backend: str) -> bool:
     """Whether a row fits into registers; raises if the kernel was asked for in spite of it."""
     if x.shape[-1] > WIDEST and backend == "triton":
         raise ValueError(f"backend 'triton' takes up to {WIDEST} channels, got {x.shape[-1]}")
