@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,14 @@ from torch.nn import functional
 from ..kernels.attention import AttentionBackend, multi_view_attention
 from ..kernels.cross_attention import decoupled_cross_attention
 from ..kernels.geglu import geglu
-from .layers import GroupNorm, KernelLayer, LayerNorm, normalised_convolution
+from .layers import (
+    GroupNorm,
+    KernelLayer,
+    LayerNorm,
+    StackedParameters,
+    normalised_convolution,
+    sum_of_convolutions,
+)
 
 GROUPS = 32
 
@@ -32,6 +39,10 @@ class KeyValues(NamedTuple):
     k_image: Tensor | None
     """[rows, n, H, D], as ``v_image``; both None for text only."""
     v_image: Tensor | None
+
+    def shared_by(self, groups: int) -> bool:
+        """Whether the frames of a group see the same, for this number of groups."""
+        return all(x is None or groups % x.shape[0] == 0 for x in self)
 
     def rows(self, count: int) -> KeyValues:
         """The first rows alone."""
@@ -48,16 +59,20 @@ class Prompt(NamedTuple):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions; the time and camera embedding is added between them."""
+    """Two convolutions; the time and camera embedding is added between them.
 
-    def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
+    Its projection of the embedding, ``emb_layers.1`` in checkpoints, is a part of the network's ``to_shifts``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        self.number = 0
+        """Its place among the network's residual blocks."""
         self.in_layers = nn.Sequential(
             GroupNorm(GROUPS, in_channels, eps=1e-5, silu=True),
             nn.Identity(),
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(embed_dim, out_channels))
         self.out_layers = nn.Sequential(
             GroupNorm(GROUPS, out_channels, eps=1e-5, silu=True),
             nn.Identity(),
@@ -67,14 +82,24 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """``x`` [N, C, H, W], ``embedding`` [N, E] after its SiLU -> [N, C', H, W]."""
-        norm_in, _, conv_in = self.in_layers
-        norm_out, *_, conv_out = self.out_layers
-        assert isinstance(conv_in, nn.Conv2d)
+    @property
+    def first_convolution(self) -> nn.Conv2d:
+        convolution = self.in_layers[-1]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution
+
+    def forward(self, x: Tensor, shifts: Sequence[Tensor]) -> Tensor:
+        """``x`` [N, C, H, W] -> [N, C', H, W].
+
+        ``shifts``, by the block's number: [N, C'], the projected embedding with the first convolution's bias.
+        """
+        norm_in, norm_out, conv_out = self.in_layers[0], self.out_layers[0], self.out_layers[-1]
         assert isinstance(norm_out, GroupNorm)
-        h = normalised_convolution(conv_in, norm_out, norm_in(x), self.emb_layers(embedding))
-        return self.skip_connection(x) + conv_out(h)
+        assert isinstance(conv_out, nn.Conv2d)
+        h = normalised_convolution(self.first_convolution, norm_out, norm_in(x), shifts[self.number])
+        if isinstance(self.skip_connection, nn.Conv2d):
+            return sum_of_convolutions(conv_out, h, self.skip_connection, x)
+        return x + conv_out(h)
 
 
 class Downsample(nn.Module):
@@ -99,7 +124,7 @@ class Upsample(nn.Module):
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class MultiViewSelfAttention(KernelLayer):
+class MultiViewSelfAttention(KernelLayer, StackedParameters):
     """Self-attention whose tokens are the pixels of all F frames of a group.
 
     The weights of queries, keys and values are one parameter, ``to_qkv`` [3C, C], for one projection; in state
@@ -115,45 +140,19 @@ class MultiViewSelfAttention(KernelLayer):
         nn.init.kaiming_uniform_(self.to_qkv, a=math.sqrt(5))  # as nn.Linear
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """``x`` [N, T, C] -> [N, T, C]."""
-        qkv = functional.linear(x, self.to_qkv).unflatten(-1, (3, -1, self.head_dim))
+    def forward(self, x: Tensor, frames: int, keep: int | None = None) -> Tensor:
+        """``x`` [N, T, C] -> [N, T, C], or of the first ``keep`` frames of each group."""
+        qkv = self.project(x).unflatten(-1, (3, -1, self.head_dim))
         attended = multi_view_attention(qkv.unflatten(0, (-1, frames)), self.backend)
-        return self.to_out(attended.flatten(0, 1))
+        return self.to_out(attended[:, :keep].flatten(0, 1))
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        parts = destination.pop(f"{prefix}to_qkv").chunk(3)
-        destination.update(zip(_qkv_names(prefix), parts, strict=True))
+    def project(self, x: Tensor) -> Tensor:
+        """``x`` [N, T, C] -> queries, keys and values side by side, [N, T, 3C]."""
+        return functional.linear(x, self.to_qkv)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names, shape = _qkv_names(prefix), self.to_qkv.chunk(3)[0].shape
-        missing = [name for name in names if name not in state_dict]
-        wrong = [name for name in names if name not in missing and state_dict[name].shape != shape]
-        missing_keys += missing
-        unexpected_keys += [name for name in state_dict if name == f"{prefix}to_qkv"]
-        error_msgs += [
-            f"{name} has shape {list(state_dict[name].shape)}, not {list(shape)}" for name in wrong
-        ]
-        given = {name: tensor for name, tensor in state_dict.items() if name not in names}
-        whole = not missing and not wrong
-        given[f"{prefix}to_qkv"] = torch.cat([state_dict[name] for name in names]) if whole else self.to_qkv
-        super()._load_from_state_dict(
-            given, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-def _qkv_names(prefix: str) -> list[str]:
-    return [f"{prefix}to_{part}.weight" for part in "qkv"]
+    def stacks(self) -> dict[str, dict[str, int]]:
+        channels = self.to_qkv.shape[1]
+        return {"to_qkv": {f"to_{part}.weight": channels for part in "qkv"}}
 
 
 class PromptCrossAttention(KernelLayer):
@@ -234,8 +233,11 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(channels)
         self.norm3 = LayerNorm(channels)
 
-    def forward(self, x: Tensor, prompt: Prompt, frames: int) -> Tensor:
-        x, normed = self.norm2.after_sum(x, self.attn1(self.norm1(x), frames))
+    def forward(self, x: Tensor, prompt: Prompt, frames: int, keep: int | None = None) -> Tensor:
+        delta = self.attn1(self.norm1(x), frames, keep)
+        if keep is not None:
+            x = x.unflatten(0, (-1, frames))[:, :keep].flatten(0, 1)
+        x, normed = self.norm2.after_sum(x, delta)
         x, normed = self.norm3.after_sum(x, self.attn2(normed, prompt))
         return x + self.ff(normed)
 
@@ -251,24 +253,32 @@ class MultiViewTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList((block,))
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, prompt: Prompt, frames: int) -> Tensor:
-        """``x`` [N, C, H, W], N a multiple of ``frames`` -> [N, C, H, W]."""
+    def forward(self, x: Tensor, prompt: Prompt, frames: int, keep: int | None = None) -> Tensor:
+        """``x`` [N, C, H, W], N a multiple of ``frames`` -> [N, C, H, W].
+
+        With ``keep`` only the first so many frames of each group go on after the self-attention, and come out.
+        """
         # Of a channels-last map the tokens are a view, and the other way round.
         tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
-        for block in self.transformer_blocks:
-            tokens = block(tokens, prompt, frames)
-        return x + self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        (block,) = self.transformer_blocks
+        tokens = block(tokens, prompt, frames, keep)
+        delta = self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        if keep is None:
+            return x + delta
+        return (x.unflatten(0, (-1, frames))[:, :keep] + delta.unflatten(0, (-1, keep))).flatten(0, 1)
 
 
 class Stage(nn.Sequential):
     """A few layers in order, each given what it needs of embedding, prompt and frame count."""
 
-    def forward(self, x: Tensor, embedding: Tensor, prompt: Prompt, frames: int) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, shifts: Sequence[Tensor], prompt: Prompt, frames: int, keep: int | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, embedding)
+                x = layer(x, shifts)
             elif isinstance(layer, MultiViewTransformer):
-                x = layer(x, prompt, frames)
+                x = layer(x, prompt, frames, keep)
             else:
                 x = layer(x)
         return x

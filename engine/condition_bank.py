@@ -38,7 +38,7 @@ class GreyBank:
     """The conditions over every grey level, [256, ...] each, as :meth:`Conditioner.at_grey` gives them.
 
     They hold the keys and values that the UNet's cross-attentions make of them: those of the text and of no
-    picture are the same over all levels; the others are picked by one copy a step.
+    picture are the same over all levels; the others are picked by one copy a step. So no image tokens are given.
     """
 
     def __init__(self, conditioner: Conditioner, on_progress: Progress | None = None) -> None:
@@ -57,7 +57,6 @@ class GreyBank:
             if on_progress is not None:
                 on_progress("condition", start + BATCH, LEVELS)
         self.context = found[0].context
-        self.image_tokens = _stack([one.image_tokens for one in found])
         self.image_mean = _stack([one.image_mean for one in found])
         self.image_std = _stack([one.image_std for one in found])
         self._image_rows = torch.cat(rows) if rows else None
@@ -84,10 +83,10 @@ class GreyBank:
     def at_level(self, level: Tensor) -> Conditioning:
         """For one level, int64 [1] in 0..255 on the device; its keys and values hold until the next call."""
         if self._image_rows is not None:
-            self._current[:1].copy_(self._image_rows.index_select(0, level))
+            torch.index_select(self._image_rows, 0, level, out=self._current[:1])
         return Conditioning(
             self.context,
-            _row(self.image_tokens, level),
+            None,
             _row(self.image_mean, level),
             _row(self.image_std, level),
             self._key_values,

@@ -1,6 +1,10 @@
-"""PyTorch's normalisation layers computed by this package's kernels, and who computes them."""
+"""What networks are made of beside PyTorch's own layers: layers on this package's kernels, and who computes them;
+parameters that checkpoints have in pieces; convolutions whose bias costs nothing.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +69,83 @@ class LayerNorm(KernelLayer, nn.LayerNorm):
         return add_layer_norm(x, delta, self.weight, self.bias, self.eps, self.backend)
 
 
+class StackedParameters(nn.Module):
+    """A module some of whose parameters are several in state dicts, stacked along their first dimension here.
+
+    So one product with the stack takes the place of many. As everywhere in PyTorch, what a state dict holds is
+    the parameter's own memory.
+    """
+
+    def stacks(self) -> dict[str, dict[str, int]]:
+        """Of each such parameter, by its name, the pieces' names in state dicts and their rows, in order."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, rows in self.stacks().items():
+            pieces = destination.pop(prefix + name).split(list(rows.values()))
+            destination.update((prefix + piece, x) for piece, x in zip(rows, pieces, strict=True))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # ``state_dict`` is for modules to modify: a piece that is gone is not unexpected to a module inside this one.
+        for name, rows in self.stacks().items():
+            own = getattr(self, name)
+            unexpected_keys += [prefix + name] * (prefix + name in state_dict)
+            pieces = []
+            for piece, count in rows.items():
+                given, shape = state_dict.pop(prefix + piece, None), [count, *own.shape[1:]]
+                if given is None:
+                    missing_keys.append(prefix + piece)
+                elif list(given.shape) != shape:
+                    error_msgs.append(f"{prefix}{piece} has shape {list(given.shape)}, not {shape}")
+                else:
+                    pieces.append(given)
+            state_dict[prefix + name] = torch.cat(pieces) if len(pieces) == len(rows) else own
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
 def normalised_convolution(
     convolution: nn.Conv2d, norm: GroupNorm, x: Tensor, shift: Tensor | None = None
 ) -> Tensor:
-    """``norm(convolution(x) + shift)``, ``shift`` [N, C'].
+    """``norm(convolution(x))``; a ``shift`` [N, C'], if given, takes the place of the convolution's bias.
 
-    On CUDA PyTorch adds a convolution's bias in a pass of its own: it goes with the shift, which the norm adds
-    as it reads.
+    On CUDA PyTorch adds a convolution's bias in a pass of its own: here the norm adds it as it reads.
     """
     if shift is None and not x.is_cuda:
         return norm(convolution(x))
     h = functional.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
-    bias = convolution.bias
-    assert bias is not None
-    return norm(h, bias.expand(h.shape[0], -1) if shift is None else shift + bias)
+    return norm(h, bias_of(convolution).expand(h.shape[0], -1) if shift is None else shift)
+
+
+def sum_of_convolutions(convolution: nn.Conv2d, h: Tensor, pointwise: nn.Conv2d, x: Tensor) -> Tensor:
+    """``convolution(h) + pointwise(x)``, the second one of 1x1.
+
+    Of a channels-last map that is a matrix product, which adds the biases of both as it writes; a convolution's
+    own would take a pass on CUDA.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return convolution(h) + pointwise(x)
+    bias = bias_of(convolution) + bias_of(pointwise)
+    pixels = functional.linear(x.permute(0, 2, 3, 1), pointwise.weight.flatten(1), bias)
+    h = functional.conv2d(h, convolution.weight, None, convolution.stride, convolution.padding)
+    return h + pixels.permute(0, 3, 1, 2)
+
+
+def bias_of(convolution: nn.Conv2d) -> Tensor:
+    """The bias of a convolution that has one."""
+    assert convolution.bias is not None
+    return convolution.bias
 
 
 def use_kernels(network: nn.Module, backend: KernelBackend) -> None:

@@ -27,7 +27,7 @@ def denoise(
     ``latents`` [V, 4, h, w] noisy, V a multiple of four: each four consecutive views are one group that the
     UNet denoises jointly. ``t`` [] one timestep for all. ``camera`` [V, 16]. With ``image_latent``
     [R, 4, h, w] each group gets the prompt's clean latent as a fifth frame, whose camera is all zeros and
-    whose own prediction is dropped. The batch is [row 0 of group 0, row 0 of group 1, ..., row 1 of group 0,
+    whose own noise is not predicted. The batch is [row 0 of group 0, row 0 of group 1, ..., row 1 of group 0,
     ...].
 
     A function of tensors: it neither waits for the device nor branches on values.
@@ -56,8 +56,9 @@ def denoise(
         image_latent=each_group(image_latent),
         image_tokens=None if known else each_group(conditioning.image_tokens),
         key_values=conditioning.key_values,
+        keep=VIEWS,
     )
-    return eps[:, :VIEWS].reshape(rows, *latents.shape)
+    return eps.reshape(rows, *latents.shape)
 
 
 def denoise_guided(

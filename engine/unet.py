@@ -30,7 +30,7 @@ from .blocks import (
     Upsample,
 )
 from .errors import InputError, MissingDependency
-from .layers import GroupNorm
+from .layers import GroupNorm, StackedParameters, bias_of
 from .unet_config import UNetConfig, infer_unet_config
 
 __all__ = ["MultiViewUNet", "UNetConfig", "infer_unet_config", "timestep_embedding"]
@@ -44,8 +44,15 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-class MultiViewUNet(nn.Module):
-    """Noise predictor over groups of F frames. ``image_scale`` (default 1) weighs the image branch."""
+class MultiViewUNet(StackedParameters):
+    """Noise predictor over groups of F frames. ``image_scale`` (default 1) weighs the image branch.
+
+    The projections of time and camera embedding in all residual blocks are one parameter, ``to_shifts`` [sum of
+    C', E], with ``to_shifts_bias``, for one product; in state dicts each block has its own, as released.
+    """
+
+    takes_key_values = True
+    """Whether :meth:`forward` can be given keys and values, and so use those of an earlier call."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -53,9 +60,6 @@ class MultiViewUNet(nn.Module):
         self.image_scale = 1.0
         base, embed_dim = config.model_channels, 4 * config.model_channels
         levels = range(len(config.channel_mult))
-
-        def res(in_channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(in_channels, out_channels, embed_dim)
 
         def transformer(channels: int) -> MultiViewTransformer:
             return MultiViewTransformer(channels, config.context_dim, config.head_dim, config.with_image)
@@ -73,7 +77,7 @@ class MultiViewUNet(nn.Module):
         width, skips = base, [base]
         for level in levels:
             for _ in range(config.num_res_blocks):
-                layers: list[nn.Module] = [res(width, config.channel_mult[level] * base)]
+                layers: list[nn.Module] = [ResBlock(width, config.channel_mult[level] * base)]
                 width = config.channel_mult[level] * base
                 if level in config.transformer_levels:
                     layers.append(transformer(width))
@@ -83,12 +87,12 @@ class MultiViewUNet(nn.Module):
                 self.input_blocks.append(Stage(Downsample(width)))
                 skips.append(width)
 
-        self.middle_block = Stage(res(width, width), transformer(width), res(width, width))
+        self.middle_block = Stage(ResBlock(width, width), transformer(width), ResBlock(width, width))
 
         self.output_blocks = nn.ModuleList()
         for level in reversed(levels):
             for number in range(config.num_res_blocks + 1):
-                layers = [res(width + skips.pop(), config.channel_mult[level] * base)]
+                layers = [ResBlock(width + skips.pop(), config.channel_mult[level] * base)]
                 width = config.channel_mult[level] * base
                 if level in config.transformer_levels:
                     layers.append(transformer(width))
@@ -104,6 +108,16 @@ class MultiViewUNet(nn.Module):
 
         for number, layer in enumerate(self._cross_attentions()):
             layer.number = number
+        residual = self._residual_blocks().values()
+        for number, block in enumerate(residual):
+            block.number = number
+        # A tuple, which does not make them this module's own once more.
+        self._first_convolutions = tuple(block.first_convolution for block in residual)
+        self._shift_widths = [convolution.out_channels for convolution in self._first_convolutions]
+        self.to_shifts = nn.Parameter(torch.empty(sum(self._shift_widths), embed_dim))
+        self.to_shifts_bias = nn.Parameter(torch.empty(sum(self._shift_widths)))
+        nn.init.kaiming_uniform_(self.to_shifts, a=math.sqrt(5))  # as nn.Linear
+        nn.init.uniform_(self.to_shifts_bias, -(embed_dim**-0.5), embed_dim**-0.5)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,6 +176,16 @@ class MultiViewUNet(nn.Module):
     def _cross_attentions(self) -> list[PromptCrossAttention]:
         return [module for module in self.modules() if isinstance(module, PromptCrossAttention)]
 
+    def _residual_blocks(self) -> dict[str, ResBlock]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, ResBlock)}
+
+    def stacks(self) -> dict[str, dict[str, int]]:
+        widths = dict(zip(self._residual_blocks(), self._shift_widths, strict=True))
+        return {
+            own: {f"{block}.emb_layers.1.{kind}": rows for block, rows in widths.items()}
+            for own, kind in (("to_shifts", "weight"), ("to_shifts_bias", "bias"))
+        }
+
     def embed_image(self, image_hidden: Tensor) -> Tensor:
         """Image tokens [B, n, D] of the picture's features.
 
@@ -193,8 +217,9 @@ class MultiViewUNet(nn.Module):
         image_latent: Tensor | None = None,
         image_tokens: Tensor | None = None,
         key_values: Sequence[KeyValues] | None = None,
+        keep: int | None = None,
     ) -> Tensor:
-        """Predicted noise of every frame.
+        """Predicted noise of every frame, or of the first ``keep`` frames of each group.
 
         Without image input a model with an image branch runs on text alone; text tokens are never read as
         image tokens. Without ``camera`` the camera term is left out, which differs from a camera of zeros.
@@ -210,14 +235,17 @@ class MultiViewUNet(nn.Module):
             image_latent: [B, 4, h, w] clean latent of the prompt picture; replaces the last frame.
             image_tokens: [B, n, D] or [B, F, n, D], already embedded, instead of ``image_hidden``.
             key_values: what :meth:`prompt_key_values` made of the prompt, in place of context and image.
+            keep: 1 to F, by default F. No work is done on the other frames where nothing depends on it, which is
+                after the last self-attention.
 
         Returns:
-            [B, F, 4, h, w] in the dtype of ``latents``.
+            [B, keep, 4, h, w] in the dtype of ``latents``.
 
         Raises:
-            InputError: a shape does not fit, or both ``image_hidden`` and ``image_tokens`` are given.
+            InputError: a shape does not fit, ``keep`` is out of range, or both ``image_hidden`` and
+                ``image_tokens`` are given.
         """
-        self._check(latents, timesteps, camera, image_latent)
+        self._check(latents, timesteps, camera, image_latent, keep)
         if image_hidden is not None:
             if image_tokens is not None:
                 raise InputError("give image_hidden or image_tokens, not both")
@@ -234,7 +262,8 @@ class MultiViewUNet(nn.Module):
                 raise InputError("give context, or key_values in its place")
             key_values = self.prompt_key_values(self._rows("context", context, latents), image_tokens)
         prompt = Prompt(key_values, self.image_scale)
-        return self._denoise(x, self._embedding(timesteps, camera, x.shape[1]), prompt).to(latents.dtype)
+        shifts = self._shifts(self._embedding(timesteps, camera, x.shape[1]))
+        return self._denoise(x, shifts, prompt, keep).to(latents.dtype)
 
     def _embedding(self, timesteps: Tensor, camera: Tensor | None, frames: int) -> Tensor:
         """Time plus camera embedding of every frame after the SiLU that all residual blocks begin with, [B*F, E]."""
@@ -244,19 +273,36 @@ class MultiViewUNet(nn.Module):
             embedding = embedding + self.camera_embed(camera.to(self.dtype))
         return functional.silu(embedding.flatten(0, 1))
 
-    def _denoise(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
-        frames = x.shape[1]
+    def _shifts(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """What each residual block adds behind its first convolution, whose bias is in it: [B*F, C'] each."""
+        bias = self.to_shifts_bias + torch.cat(
+            [bias_of(convolution) for convolution in self._first_convolutions]
+        )
+        return functional.linear(embedding, self.to_shifts, bias).split(self._shift_widths, dim=1)
+
+    def _denoise(self, x: Tensor, shifts: Sequence[Tensor], prompt: Prompt, keep: int | None) -> Tensor:
+        groups, frames = x.shape[:2]
         h, skips = x.flatten(0, 1), []
         for block in self.input_blocks:
-            h = block(h, embedding, prompt, frames)
+            h = block(h, shifts, prompt, frames)
             skips.append(h)
-        h = self.middle_block(h, embedding, prompt, frames)
-        for block in self.output_blocks:
-            h = block(torch.cat((h, skips.pop()), dim=1), embedding, prompt, frames)
-        return self.out(h).unflatten(0, (-1, frames))
+        h = self.middle_block(h, shifts, prompt, frames)
+        *blocks, last = self.output_blocks
+        for block in blocks:
+            h = block(torch.cat((h, skips.pop()), dim=1), shifts, prompt, frames)
+        # Frames with prompts of their own stay to the end, and so do those of a network whose last block has no
+        # self-attention: the last line drops what is left.
+        early = keep if all(layer.shared_by(groups) for layer in prompt.key_values) else None
+        h = last(torch.cat((h, skips.pop()), dim=1), shifts, prompt, frames, early)
+        return self.out(h).unflatten(0, (groups, -1))[:, :keep]
 
     def _check(
-        self, latents: Tensor, timesteps: Tensor, camera: Tensor | None, image_latent: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        camera: Tensor | None,
+        image_latent: Tensor | None,
+        keep: int | None,
     ) -> None:
         config = self.config
         shape, c, multiple = list(latents.shape), config.in_channels, config.downscale
@@ -270,6 +316,8 @@ class MultiViewUNet(nn.Module):
             _expect("camera", camera, (b, f, config.camera_dim))
         if image_latent is not None:
             _expect("image_latent", image_latent, (b, c, h, w))
+        if keep is not None and not 1 <= keep <= f:
+            raise InputError(f"keep is {keep}; with these latents it must lie in 1..{f}")
 
     def _rows(self, name: str, tokens: Tensor, latents: Tensor) -> Tensor:
         """[B, n, D] as it is, [B, F, n, D] as one row a frame, [B*F, n, D]; in the model's dtype."""

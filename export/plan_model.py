@@ -70,6 +70,7 @@ class PlanUNet(nn.Module):
         image_latent: Tensor | None = None,
         image_tokens: Tensor | None = None,
         key_values: Sequence[KeyValues] | None = None,
+        keep: int | None = None,
     ) -> Tensor:
         """As :meth:`MultiViewUNet.forward`; camera, tokens and image latent as the plan was built, all or none."""
         if image_hidden is not None:
@@ -97,7 +98,7 @@ class PlanUNet(nn.Module):
             if x is None:
                 raise InputError(f"{self.plan.path.name} needs {spec['name']}")
             inputs.append(x.to(getattr(torch, spec["dtype"])).contiguous())
-        return self.plan(*inputs)[0].to(latents.dtype)
+        return self.plan(*inputs)[0][:, :keep].to(latents.dtype)
 
 
 def _named(key_values: Sequence[KeyValues], batch: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operators import Operators
 from torch import nn
 from torch.nn import functional
 
@@ -13,6 +14,7 @@ from imagedream_rt.engine.layers import (
     LayerNorm,
     fast_memory_format,
     normalised_convolution,
+    sum_of_convolutions,
     use_kernels,
 )
 
@@ -52,7 +54,7 @@ def test_layer_norm_alone_and_after_a_sum() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_the_bias_of_a_convolution_is_not_lost(device: str, shifted: bool) -> None:
+def test_a_normalised_convolution_has_its_bias_or_the_shift(device: str, shifted: bool) -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 8, 3, stride=2, padding=1).to(device)
     assert convolution.bias is not None
@@ -61,8 +63,32 @@ def test_the_bias_of_a_convolution_is_not_lost(device: str, shifted: bool) -> No
     x, shift = torch.randn(2, 3, 6, 6, device=device), torch.randn(2, 8, device=device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         found = normalised_convolution(convolution, norm, x, shift if shifted else None)
-        wanted = norm(convolution(x) + (shift[:, :, None, None] if shifted else 0.0))
+        wanted = convolution(x)
+    if shifted:
+        wanted = wanted + (shift - convolution.bias)[:, :, None, None]
+    torch.testing.assert_close(found, norm(wanted), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_sum_of_convolutions_has_both_biases(device: str, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(5, 8, 3, padding=1).to(device, memory_format=layout)  # type: ignore[call-overload]
+    pointwise = nn.Conv2d(3, 8, 1).to(device, memory_format=layout)  # type: ignore[call-overload]
+    h, x = (torch.randn(2, n, 4, 6, device=device).to(memory_format=layout) for n in (5, 3))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), Operators() as ran:
+        found = sum_of_convolutions(convolution, h, pointwise, x)
+        wanted = convolution(h) + pointwise(x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert found.is_contiguous(memory_format=layout)
+    assert not ran.rearranging()
+    found.square().mean().backward()
+    gradients = [p.grad for p in (*convolution.parameters(), *pointwise.parameters())]
+    convolution.zero_grad()
+    pointwise.zero_grad()
+    wanted.square().mean().backward()
+    for gradient, p in zip(gradients, (*convolution.parameters(), *pointwise.parameters()), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_choice_reaches_every_layer() -> None:

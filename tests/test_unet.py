@@ -269,6 +269,53 @@ def test_sizes_are_inferred_from_tensors_and_run(config: UNetConfig) -> None:
         assert relative_error(unet(**inputs), out) > 1e-5  # the picture matters
 
 
+@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("known", [False, True], ids=["prompt", "keys and values"])
+def test_kept_frames_are_those_of_the_whole(config: UNetConfig, known: bool) -> None:
+    unet = random_unet(config)
+    inputs = random_inputs(config, frames=5)
+    inputs["image_latent"] = inputs["latents"][:, 1] + 1.0
+    if known:
+        tokens = unet.embed_image(inputs.pop("image_hidden")) if config.with_image else None
+        inputs["key_values"] = unet.prompt_key_values(inputs["context"], tokens)  # type: ignore[assignment]
+        inputs["context"] = None  # type: ignore[assignment]
+    whole = unet(**inputs)
+    seen: list[int] = []
+    unet.out.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    for keep in (1, 4, 5):
+        assert relative_error(unet(**inputs, keep=keep), whole[:, :keep]) <= 1e-6
+    # Without a self-attention in the last block the others are dropped behind it.
+    assert seen == ([2, 8, 10] if 0 in config.transformer_levels else [10, 10, 10])
+
+
+def test_kept_frames_with_prompts_of_their_own(pixel: Recorded) -> None:
+    inputs = dict(pixel.inputs)
+    inputs["context"] = inputs["context"][:, None].repeat(1, 5, 1, 1) * torch.linspace(1, 2, 5)[:, None, None]
+    whole = pixel.unet(**inputs)
+    assert relative_error(pixel.unet(**inputs, keep=4), whole[:, :4]) <= 1e-6
+
+
+def test_kept_frames_train_the_same(pixel: Recorded) -> None:
+    unet = MultiViewUNet(pixel.unet.config)
+    unet.load_state_dict(pixel.unet.state_dict())
+    gradients = []
+    for cut in (lambda: unet(**pixel.inputs)[:, :4], lambda: unet(**pixel.inputs, keep=4)):
+        unet.zero_grad()
+        cut().square().mean().backward()
+        gradients.append({name: p.grad for name, p in unet.named_parameters()})
+    wanted, found = gradients
+    # Beside the largest, since a bias in front of a norm over its channel alone has none but rounding.
+    largest = max(x.abs().max() for x in wanted.values() if x is not None)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-6 * largest.item(), msg=name)
+
+
+@pytest.mark.parametrize("keep", [0, 6, -1])
+def test_keeping_frames_that_are_not_there_is_refused(pixel: Recorded, keep: int) -> None:
+    with pytest.raises(InputError, match=rf"keep is {keep}; .* 1\.\.5"):
+        pixel.unet(**pixel.inputs, keep=keep)
+
+
 def test_global_takes_a_pooled_feature_with_or_without_token_axis() -> None:
     config = SIZES["global"]
     unet = random_unet(config)

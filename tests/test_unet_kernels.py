@@ -144,11 +144,15 @@ def test_channels_last_maps_flow_without_copies() -> None:
     """From the first convolution to the last no layer rearranges memory."""
     network = random_unet(UNetConfig(**{**vars(SMALL), "channel_mult": (1, 2), "transformer_levels": (0, 1)}))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    given = inputs(network.config, px=4)
+    given = inputs(network.config, groups=2, frames=3, px=4)
     given["timesteps"] = given["timesteps"].float()
     with Operators() as ran:
         network(**given)
     assert ran.rearranging() == {}
+    with Operators() as ran:
+        kept = network(**given, keep=2)
+    assert ran.rearranging() == {"clone": 2}  # tokens and their attention, of the frames that go on
+    assert kept.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_stacked_projections_keep_their_released_names() -> None:
@@ -161,6 +165,34 @@ def test_stacked_projections_keep_their_released_names() -> None:
     state["to_k.weight"].fill_(7.0)
     assert (attention.to_qkv[32:64] == 7.0).all()
     assert (attention.to_qkv[:32] != 7.0).all()
+
+
+def test_shifts_of_all_residual_blocks_keep_their_released_names() -> None:
+    network = random_unet()
+    names = [name for name, module in network.named_modules() if isinstance(module, blocks.ResBlock)]
+    assert len(names) == 5
+    state = network.state_dict()
+    for kind, parameter in (("weight", network.to_shifts), ("bias", network.to_shifts_bias)):
+        pieces = [state[f"{name}.emb_layers.1.{kind}"] for name in names]
+        assert torch.equal(torch.cat(pieces), parameter)
+        assert pieces[0].data_ptr() == parameter.data_ptr()
+    assert not {"to_shifts", "to_shifts_bias"} & set(state)
+
+
+def test_wrong_shifts_are_named_wherever_the_network_is() -> None:
+    holder = torch.nn.ModuleDict({"unet": random_unet()})
+    state = holder.state_dict()
+    del state["unet.middle_block.0.emb_layers.1.bias"]
+    state["unet.middle_block.2.emb_layers.1.weight"] = torch.zeros(32, 16)
+    state["unet.middle_block.2.emb_layers.1.scale"] = torch.zeros(32)
+    with pytest.raises(RuntimeError) as error:
+        holder.load_state_dict(state)
+    assert 'Missing key(s) in state_dict: "unet.middle_block.0.emb_layers.1.bias"' in str(error.value)
+    assert 'Unexpected key(s) in state_dict: "unet.middle_block.2.emb_layers.1.scale"' in str(error.value)
+    assert "unet.middle_block.2.emb_layers.1.weight has shape [32, 16], not [32, 128]" in str(error.value)
+    assert "to_shifts" not in str(error.value)
+    # What a caller has is the caller's.
+    assert "unet.middle_block.0.emb_layers.1.weight" in state
 
 
 @pytest.mark.parametrize("assign", [False, True])
