@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.backends import Backends
 from ..engine.captured import CapturedDistillation
 from ..engine.condition_bank import GreyBank
 from ..engine.conditioning import Conditioner
@@ -25,7 +26,7 @@ from ..engine.config import FusionConfig, Stage
 from ..engine.config import preset as preset_named
 from ..engine.distill import MultiViewGuidance
 from ..engine.draws import StepTensors
-from ..engine.field_state import Backends, FieldState
+from ..engine.field_state import FieldState
 from ..engine.fuse import Fusion
 from ..engine.graphed import GraphedStep
 from ..engine.model import MultiViewModel

@@ -91,10 +91,8 @@ def generate(
     guidance_scale: opt.GuidanceScale = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
-    attention: opt.Attention = "auto",
+    backend: opt.Backend = None,
     plans: opt.Plans = None,
-    encoding: opt.Encoding = "torch",
-    volume: opt.Volume = "torch",
     keep_background: opt.KeepBackground = False,
     faces: opt.Faces = 20_000,
     texture_px: opt.TexturePx = 1024,
@@ -107,7 +105,7 @@ def generate(
     with work(debug) as on_progress:
         fusion_config(None, preset, steps, guidance_scale)
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume, plans)
+        pipe = load_pipeline(model, controller, device, dtype, backend, plans)
         with resumable(output, checkpoint, resume) as state:
             asset = pipe.generate(
                 prepared,
@@ -141,7 +139,7 @@ def views(
     elevation_deg: Annotated[float, typer.Option("--elevation-deg", help="Height of the cameras.")] = 0.0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
-    attention: opt.Attention = "auto",
+    backend: opt.Backend = None,
     plans: opt.Plans = None,
     keep_background: opt.KeepBackground = False,
     as_json: opt.Json = False,
@@ -150,7 +148,7 @@ def views(
     """Four views of the object (front, 90, 180, 270 degrees), to choose a seed before a fusion."""
     with work(debug) as on_progress:
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype, attention, plans=plans)
+        pipe = load_pipeline(model, controller, device, dtype, backend, plans)
         result = pipe.views(
             prepared,
             prompt,
@@ -180,10 +178,8 @@ def fuse(
     guidance_scale: opt.GuidanceScale = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
-    attention: opt.Attention = "auto",
+    backend: opt.Backend = None,
     plans: opt.Plans = None,
-    encoding: opt.Encoding = "torch",
-    volume: opt.Volume = "torch",
     keep_background: opt.KeepBackground = False,
     checkpoint: opt.Checkpoint = None,
     resume: opt.Resume = False,
@@ -194,7 +190,7 @@ def fuse(
     with work(debug) as on_progress:
         fusion_config(None, preset, steps, guidance_scale)
         prepared = prepared_picture(picture, keep_background, output)
-        pipe = load_pipeline(model, controller, device, dtype, attention, encoding, volume, plans)
+        pipe = load_pipeline(model, controller, device, dtype, backend, plans)
         with resumable(output, checkpoint, resume) as state:
             fused = pipe.fuse(
                 prepared,

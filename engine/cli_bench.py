@@ -102,6 +102,7 @@ def warmup(
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
     preset: opt.Preset = None,
+    backend: opt.Backend = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -114,7 +115,7 @@ def warmup(
         target = pick_device(device)
         reason = obstacle(target)
         if reason is None:
-            pipe = load_pipeline(model, controller, device, dtype, "auto")
+            pipe = load_pipeline(model, controller, device, dtype, backend)
             warm_up(pipe, preset, on_progress=on_progress)
         found = cache_report(target)
     if as_json:
@@ -124,6 +125,8 @@ def warmup(
     else:
         print(f"{found['tuned']}  {found['configurations']} tuned configurations")
         print(f"{found['compiled']}  compiled kernels")
+        if found["inductor"]:
+            print(f"{found['inductor']}  what torch.compile made")
 
 
 class _Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,11 +13,8 @@ from .cli_output import Stages, only_our_words
 from .errors import Cancelled, InputError
 
 if TYPE_CHECKING:
-    from ..kernels.attention import AttentionBackend
     from .config import FusionConfig
     from .model import Controller
-    from .nerf.encoding import EncodingName
-    from .nerf.volume import VolumeName
     from .picture import PreparedPicture
     from .pipeline import ImageTo3D
 
@@ -53,38 +50,32 @@ def load_pipeline(
     controller: str | None,
     device: str,
     dtype: str | None,
-    attention: str,
-    encoding: str = "torch",
-    volume: str = "torch",
+    backend: Sequence[str] | None = None,
     plans: Path | None = None,
 ) -> ImageTo3D:
-    """With ``plans`` the networks that have one there run as TensorRT plans."""
+    """``backend``: COMPONENT=NAME each. With ``plans`` the networks that have one there run as TensorRT plans."""
     import torch
 
+    from .backends import Backends
     from .pipeline import ImageTo3D
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype is not None and dtype not in dtypes:
         raise InputError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(dtypes)}")
-    # Unknown names of controllers and backends are refused in there, each with those there are.
-    pipe = ImageTo3D.from_pretrained(
+    backends, planned = Backends.parse(backend or ()), None
+    if plans is not None:
+        from ..export.plan_model import plans_in
+
+        planned = plans_in(plans)
+    # An unknown controller is refused in there, with those there are.
+    return ImageTo3D.from_pretrained(
         model,
         device,
         dtypes[dtype] if dtype else None,
         cast("Controller | None", controller),
-        attention=cast("AttentionBackend", attention),
-        encoding=cast("EncodingName", encoding),
-        volume=cast("VolumeName", volume),
+        backends=backends,
+        plans=planned,
     )
-    if plans is not None:
-        from ..export.plan_model import with_plans
-
-        pipe = ImageTo3D(
-            with_plans(pipe.model, plans),
-            encoding=cast("EncodingName", encoding),
-            volume=cast("VolumeName", volume),
-        )
-    return pipe
 
 
 def fusion_config(

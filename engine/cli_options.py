@@ -31,10 +31,13 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, float16 or bfloat16. Default: by device.", show_default=False),
 ]
-Attention = Annotated[
-    str,
+Backend = Annotated[
+    list[str] | None,
     typer.Option(
-        help="Of the views: auto (a kernel where one runs), triton, torch, or xformers where installed."
+        "--backend",
+        metavar="COMPONENT=NAME",
+        help="Who computes a component, such as unet=compiled; may be repeated. doctor lists all of them.",
+        show_default=False,
     ),
 ]
 Plans = Annotated[
@@ -43,8 +46,6 @@ Plans = Annotated[
         "--plans", help="UNet and VAE decoder as TensorRT plans: a folder of export.", show_default=False
     ),
 ]
-Encoding = Annotated[str, typer.Option(help="Of the hash grid: torch, or tinycudann where it is installed.")]
-Volume = Annotated[str, typer.Option(help="Marching and compositing: torch, or nerfacc where installed.")]
 Prompt = Annotated[str, typer.Option(help="What the object is; may be empty when there is a picture.")]
 NegativePrompt = Annotated[
     str | None,

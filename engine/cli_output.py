@@ -192,5 +192,15 @@ def print_doctor(report: dict[str, Any], as_json: bool) -> None:
     ]
     print_table("\npackages", packages)
     print_table("\nkernels", list(report["kernels"].items()))
+    print_table("\nbackends (--backend COMPONENT=NAME)", _backends(report["backends"]))
     if tuned := report["tuned"]:
         print(f"{tuned['configurations']} tuned launch configurations in {tuned['file']}")
+
+
+def _backends(found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """By component: what is taken unless another is asked for, and the others."""
+    rows = []
+    for component, offered in found.items():
+        others = [f"{name} ({reason})" if reason else name for name, reason in offered["others"].items()]
+        rows.append((component, offered["auto"], f"or {', '.join(others)}"))
+    return rows

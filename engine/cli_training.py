@@ -69,7 +69,7 @@ def evaluate(
 
         if output is not None:
             check_writable_folder(output)
-        pipe = load_pipeline(model, None, device, None, "auto")
+        pipe = load_pipeline(model, None, device, None)
         config = fusion_config(pipe, preset, steps, guidance_scale)
         scores = []
         for score in scores_of(pipe, objects, config, skip=skip, seed=seed, pictures=output):

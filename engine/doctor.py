@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,18 +58,29 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
     on_gpu = device is not None and device.startswith("cuda")
     return {
-        "imagedream_rt": _optional.version(_optional.PROJECT),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        **{name: _optional.version(name) for name in ("diffusers", "warp-lang", "triton", *_VERSIONED)},
+        **_versions(),
         **({"device": device} if device else {}),
         "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": torch.get_num_threads(),
     }
 
 
+@cache
+def _versions() -> dict[str, str | None]:
+    """Looking through installed packages takes longer than a denoising step, and finds the same in every job."""
+    import torch
+
+    return {
+        "imagedream_rt": _optional.version(_optional.PROJECT),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: _optional.version(name) for name in ("diffusers", "warp-lang", "triton", *_VERSIONED)},
+    }
+
+
+@cache
 def cpu_name() -> str:
     """The processor's name where the system tells it, else its architecture."""
     try:
@@ -138,6 +150,28 @@ def tuned() -> dict[str, Any]:
     return {"file": str(cache_file(gpu)), "configurations": tuned_count(gpu)}
 
 
+def backends() -> dict[str, dict[str, Any]]:
+    """By component: ``auto``, what a job on the default device takes, and ``others`` with why not (None: usable)."""
+    import torch
+
+    from .backends import OWN, decided, survey
+
+    gpu = _default_gpu()
+    device = gpu or torch.device("cpu")
+    taken = asdict(decided(OWN, device, torch.float16 if gpu else torch.float32))
+    return {
+        component: {
+            "auto": taken[component],
+            "others": {
+                name: reason or ("with --plans DIR" if name == "tensorrt" else None)
+                for name, reason in offered.items()
+                if name != taken[component]
+            },
+        }
+        for component, offered in survey(device).items()
+    }
+
+
 def _default_gpu() -> torch.device | None:
     import torch
 
@@ -152,7 +186,8 @@ def _dispatching() -> list[str]:
 
 
 def report() -> dict[str, Any]:
-    """All of it, JSON-ready: ``default_device``, ``devices``, ``versions``, ``packages``, ``kernels``, ``tuned``."""
+    """All of it, JSON-ready: ``default_device``, ``devices``, ``versions``, ``packages``, ``kernels``, ``tuned``,
+    ``backends``."""
     found = devices()
     return {
         "default_device": found[0].device,
@@ -162,4 +197,5 @@ def report() -> dict[str, Any]:
         "packages": [asdict(package) for package in packages()],
         "kernels": kernels(),
         "tuned": tuned(),
+        "backends": backends(),
     }

@@ -4,40 +4,20 @@ streams."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .backends import OWN, Backends
 from .checkpoint import load_optimizer_state, optimizer_state, prefixed, without_prefix
 from .config import FusionConfig
 from .nerf.background import Background
-from .nerf.encoding import EncodingName
 from .nerf.field import Field
 from .nerf.occupancy import OccupancyGrid
-from .nerf.volume import VolumeName, volume_backend
+from .nerf.volume import volume_backend
 from .random_streams import RandomStreams, stream_seed
 
 MODULES = ("field", "background", "occupancy")
-
-
-LoopName = Literal["auto", "eager", "graph"]
-
-
-@dataclass(frozen=True)
-class Backends:
-    """Who computes what; the results agree up to rounding."""
-
-    encoding: EncodingName = "torch"
-    volume: VolumeName = "torch"
-    loop: LoopName = "auto"
-    """How a distillation step is run: ``graph`` replays a captured CUDA graph, ``eager`` calls one operation
-    after the other, ``auto`` captures wherever that can be done."""
-
-
-OWN = Backends()
-"""This package's."""
 
 
 class FieldState:

@@ -4,7 +4,8 @@ distillation."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels._triton import use_triton
+from .backends import OWN, Backends, loop_obstacle
 from .captured import CapturedDistillation
 from .checkpoint import config_to_json, differences, read_tensors, write_tensors
 from .condition_bank import Conditions, GreyBank, MatchedColour
@@ -20,7 +21,7 @@ from .config import FusionConfig
 from .distill import Guidance, MultiViewGuidance, matched_colour
 from .draws import draw_step
 from .errors import Cancelled, FusionError, InputError
-from .field_state import OWN, Backends, FieldState
+from .field_state import FieldState
 from .fused_field import CHECKPOINT_KIND, FusedField
 from .model import Cancel, Progress
 from .nerf.render import render
@@ -99,8 +100,8 @@ class Fusion:
         with deterministic(self.device), interrupt_between_steps() as interrupted:
             if self.phase == WARM:
                 self._fit_views(hooks, interrupted)
-            advance = self._captured(hooks).advance if self._captures() else self.distill
-            self._loop(self.config.steps, advance, hooks, interrupted)
+            with self._steps(hooks) as advance:
+                self._loop(self.config.steps, advance, hooks, interrupted)
         state = self.state
         return FusedField(state.field, state.background, state.occupancy, self.config)
 
@@ -220,28 +221,30 @@ class Fusion:
         """Whether the steps are to be captured. Raises :class:`InputError` if they must be and cannot."""
         if self.backends.loop == "eager":
             return False
-        backends = (self.backends.encoding, self.backends.volume)
+        reason = loop_obstacle(self.backends, self.device)
         if not isinstance(self.guidance, MultiViewGuidance):
             reason = "the teacher is not the diffusion model"
-        elif backends != (OWN.encoding, OWN.volume):
-            reason = f"encoding and volume must be this package's own, and are {' and '.join(backends)}"
-        elif not use_triton("auto", self.state.occupancy.values):
-            reason = "it needs a CUDA device and Triton"
-        else:
+        if reason is None:
             return True
         if self.backends.loop == "graph":
             raise InputError(f"loop 'graph' cannot be used here, {reason}: take 'eager' or 'auto'")
         return False
 
-    def _captured(self, hooks: Hooks) -> CapturedDistillation:
+    @contextmanager
+    def _steps(self, hooks: Hooks) -> Iterator[Callable[[int], tuple[Tensor, dict[str, Tensor]]]]:
+        """What advances the distillation, with all that it needs and nothing more on the device."""
+        if not self._captures():
+            yield self.distill
+            return
         assert isinstance(self.guidance, MultiViewGuidance)
         conditioner = self.guidance.conditioner
-        conditions: Conditions
-        if self.config.background_match == "grey":
-            conditions = GreyBank(conditioner, hooks.on_progress)
-        else:
-            conditions = MatchedColour(conditioner)
-        return CapturedDistillation(self.config, self.state, self.guidance, conditions)
+        grey = self.config.background_match == "grey"
+        conditions: Conditions = (
+            GreyBank(conditioner, hooks.on_progress) if grey else MatchedColour(conditioner)
+        )
+        # Every grey is encoded by now; a matched colour still needs the image encoder in each step.
+        with self.guidance.model.encoders_parked(vision=grey):
+            yield CapturedDistillation(self.config, self.state, self.guidance, conditions).advance
 
     def distill(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of multi-view score distillation (paper section 3.3; released ``mvdream_system``)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +70,27 @@ class MultiViewModel:
     @property
     def latent_px(self) -> int:
         return self.card.picture_px // self.vae.downscale
+
+    @contextmanager
+    def encoders_parked(self, *, vision: bool) -> Iterator[None]:
+        """The text encoder, and with ``vision`` the image encoder, in host memory meanwhile; only of a GPU's.
+
+        2 GB at the released size, for while conditions that were made before are used.
+        """
+        device = self.device
+        parked = [self.text] + ([self.vision] if vision and self.vision is not None else [])
+        if device.type != "cuda":
+            yield
+            return
+        try:
+            for network in parked:
+                network.to("cpu")
+            # CUDA graphs take their memory from the device, not from what PyTorch keeps for later.
+            torch.cuda.empty_cache()
+            yield
+        finally:
+            for network in parked:
+                network.to(device)
 
 
 Progress = Callable[[str, int, int], None]

@@ -129,8 +129,13 @@ def composite(rgba: np.ndarray, colour: tuple[float, float, float]) -> np.ndarra
 
     trunc(rgb a + colour (1 - a)) in float32, not rounded: the arithmetic of the released code.
     """
-    alpha = rgba[..., 3:].astype(np.float32) / 255.0
-    return (rgba[..., :3] * alpha + np.array(colour, np.float32) * (1 - alpha)).astype(np.uint8)
+    alpha = rgba[..., 3].astype(np.float32) / 255.0
+    rest = 1 - alpha
+    result = np.empty((*alpha.shape, 3), np.uint8)
+    # Channel by channel: numpy's inner loop would otherwise be three numbers long.
+    for channel, value in enumerate(np.array(colour, np.float32)):
+        result[..., channel] = rgba[..., channel] * alpha + value * rest
+    return result
 
 
 def _name(source: Source) -> str:

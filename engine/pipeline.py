@@ -7,21 +7,18 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.attention import AttentionBackend
 from .asset import Asset
+from .backends import OWN, Backends, Plans, apply
 from .cameras import official_views
 from .checkpoint import config_to_json
 from .conditioning import Conditioner
-from .config import FusionConfig, HashGridConfig
+from .config import FusionConfig
 from .config import preset as preset_named
 from .distill import MultiViewGuidance
 from .errors import InputError
-from .field_state import Backends
 from .fuse import Fusion
 from .mesh import check_mesh_settings
 from .model import Cancel, Controller, MultiViewModel, Progress
-from .nerf.encoding import EncodingName, hash_grid
-from .nerf.volume import VolumeName, volume_backend
 from .picture import PreparedPicture, Source, composite, prepare
 from .record import Record
 from .results import Fused, Views, make_asset
@@ -74,24 +71,16 @@ class ImageTo3D:
     """
 
     def __init__(
-        self,
-        model: MultiViewModel,
-        *,
-        attention: AttentionBackend = "auto",
-        encoding: EncodingName = "torch",
-        volume: VolumeName = "torch",
+        self, model: MultiViewModel, *, backends: Backends = OWN, plans: Plans | None = None
     ) -> None:
-        """``attention`` may be ``xformers``, ``encoding`` ``tinycudann`` and ``volume`` ``nerfacc``.
+        """``backends`` says who computes what; ``plans`` (see :func:`~..export.plan_model.plans_in`) gives
+        TensorRT plans, which components at ``auto`` then take.
 
-        Raises :class:`MissingDependency` for a backend that is not installed.
+        Raises :class:`InputError` for a backend that cannot be used here, and :class:`MissingDependency` for one
+        that is not installed.
         """
-        model.unet.use_attention_backend(attention)
-        # Built and dropped: what cannot be used is found now, not after the views.
-        hash_grid(encoding, HashGridConfig(levels=1, log2_table=4, base_resolution=2))
-        volume_backend(volume)
-        self.model = model
-        self.attention = attention
-        self.backends = Backends(encoding, volume)
+        self.model, self.used = apply(backends, model, plans)
+        self.backends = backends
 
     @classmethod
     def from_pretrained(
@@ -101,13 +90,12 @@ class ImageTo3D:
         dtype: torch.dtype | None = None,
         controller: Controller | None = None,
         *,
-        attention: AttentionBackend = "auto",
-        encoding: EncodingName = "torch",
-        volume: VolumeName = "torch",
+        backends: Backends = OWN,
+        plans: Plans | None = None,
     ) -> ImageTo3D:
         """Load a checkpoint (see :func:`~.weights.load_model`) and choose who computes what."""
         loaded = load_model(model, device=device, dtype=dtype, controller=controller)
-        return cls(loaded, attention=attention, encoding=encoding, volume=volume)
+        return cls(loaded, backends=backends, plans=plans)
 
     @property
     def default_preset(self) -> str:
@@ -218,7 +206,7 @@ class ImageTo3D:
         record = Record(self.model.device)
         record.metadata |= {"seed": seed, "prompt": prompt}
         record.note_model(self.model)
-        record.metadata["backends"] = {"attention": self.attention, **asdict(self.backends)}
+        record.metadata["backends"] = {"asked": asdict(self.backends), "used": asdict(self.used)}
         if image is None or isinstance(image, PreparedPicture):
             picture = image
         else:

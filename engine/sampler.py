@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -163,6 +164,10 @@ class _Guided:
         if scale == 1.0:
             conditioning = conditioning.conditional()
             image_latent = None if image_latent is None else image_latent[:1]
+        if conditioning.key_values is None and model.unet.takes_key_values:
+            # They are those of all steps.
+            made = model.unet.prompt_key_values(conditioning.context, conditioning.image_tokens)
+            conditioning = replace(conditioning, key_values=made)
         self._model, self._camera, self._scale = model, camera, scale
         self._conditioning, self._image_latent = conditioning, image_latent
 

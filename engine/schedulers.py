@@ -107,23 +107,25 @@ class DiffusersScheduler:
         known = inspect.signature(scheduler.__init__).parameters
         self._scheduler = scheduler(**{key: value for key, value in wanted.items() if key in known})
         try:
-            self._scheduler.set_timesteps(steps, device=device)
+            # It counts on the host, where looking at a timestep waits for nobody; the model gets copies made ahead.
+            self._scheduler.set_timesteps(steps, device="cpu")
         except (ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"scheduler {name} cannot take {steps} steps: {error}") from error
-        self.timesteps = list(self._scheduler.timesteps)
+        self._timesteps = list(self._scheduler.timesteps)
+        self.timesteps = list(self._scheduler.timesteps.to(device))
         self._takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
 
     def start(self, noise: torch.Tensor) -> torch.Tensor:
         return noise * self._scheduler.init_noise_sigma
 
     def model_input(self, step: int, latents: torch.Tensor) -> torch.Tensor:
-        return self._scheduler.scale_model_input(latents, self.timesteps[step])
+        return self._scheduler.scale_model_input(latents, self._timesteps[step])
 
     def step(
         self, step: int, latents: torch.Tensor, eps: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         options: dict[str, Any] = {"generator": generator} if self._takes_generator else {}
-        return self._scheduler.step(eps, self.timesteps[step], latents, return_dict=False, **options)[0]
+        return self._scheduler.step(eps, self._timesteps[step], latents, return_dict=False, **options)[0]
 
 
 def _class_named(name: str) -> Any:

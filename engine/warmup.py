@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,15 @@ OPAQUE_BLOB = 200.0
 def warm_up(
     pipe: ImageTo3D, preset: str | FusionConfig | None = None, *, on_progress: Progress | None = None
 ) -> None:
-    """Run one diffusion step, and of the preset's fusion the first steps of every stage, on a made-up picture.
+    """Run two diffusion steps, and of the preset's fusion the first steps of every stage, on a made-up picture.
 
-    ``preset`` None is the model's default. Raises :class:`~.errors.InputError` for an unknown preset.
+    Two, because the second one of a shape captures the graph that this very ``pipe`` then replays. ``preset`` None
+    is the model's default. Raises :class:`~.errors.InputError` for an unknown preset.
     """
     config = preset_named(pipe.default_preset if preset is None else preset)
     picture = None if pipe.model.card.controller == "none" else _disc()
     stages = _short_fusions(config)
-    pipe.views(picture, "a ball", steps=1)
+    pipe.views(picture, "a ball", steps=2)
     for number, short in enumerate(stages, start=1):
         if on_progress is not None:
             on_progress("warm-up", number, len(stages) + 1)
@@ -43,13 +45,14 @@ def warm_up(
 
 
 def cache_report(device: torch.device) -> dict[str, Any]:
-    """Where the choices for a CUDA device and the compiled kernels are kept, JSON-ready; empty without kernels."""
+    """Where the choices for a CUDA device and what was compiled are kept, JSON-ready; empty without kernels."""
     if obstacle(device) is not None:
         return {}
     return {
         "tuned": str(cache_file(device)),
         "configurations": tuned_count(device),
         "compiled": str(compiled_folder()),
+        "inductor": os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
     }
 
 

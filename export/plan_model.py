@@ -1,12 +1,13 @@
-"""A model whose UNet and VAE decoder are plans: ``backend="tensorrt"``. The rest stays as it is.
+"""A model whose UNet and VAE decoder are plans: the backend ``tensorrt``. The rest stays as it is.
 
 Encoders run once per job, and fusion differentiates through the VAE's encoder, which a plan cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,11 @@ class PlanUNet(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def takes_key_values(self) -> bool:
+        """Whether they can be given, and so be made once for many calls."""
+        return self.plan.manifest.component == "unet_cached"
 
     def embed_image(self, image_hidden: Tensor) -> Tensor:
         """As :meth:`MultiViewUNet.embed_image`."""
@@ -83,7 +89,7 @@ class PlanUNet(nn.Module):
             "image_tokens": image_tokens,
             "image_latent": image_latent,
         }
-        if self.plan.manifest.component == "unet_cached":
+        if self.takes_key_values:
             if key_values is None and context is not None:
                 key_values = self.prompt_key_values(context, image_tokens)
             given |= _named(key_values or (), len(latents))
@@ -123,6 +129,11 @@ class PlanCodec(LatentCodec):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.plan(latents.to(self.vae.dtype).contiguous())[0]
+
+
+def plans_in(folder: str | Path) -> Callable[[MultiViewModel], MultiViewModel]:
+    """The plans of a folder as :class:`~..engine.pipeline.ImageTo3D` takes them: :func:`with_plans`, to be called."""
+    return partial(with_plans, folder=folder)
 
 
 def with_plans(model: MultiViewModel, folder: str | Path) -> MultiViewModel:

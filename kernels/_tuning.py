@@ -112,12 +112,16 @@ class Tuned:
         return f"{self.name}({', '.join(map(str, key))}) {_source_hash(self.kernel)}"
 
 
-def cache_file(device: torch.device) -> Path:
-    """Where the choices for a device are kept; the environment variable IMAGEDREAM_RT_CACHE moves the folder."""
+def cache_folder() -> Path:
+    """Where this package keeps what the next process starts with; IMAGEDREAM_RT_CACHE moves it."""
     folder = os.environ.get("IMAGEDREAM_RT_CACHE")
-    root = Path(folder) if folder else Path.home() / ".cache" / "imagedream_rt"
+    return Path(folder) if folder else Path.home() / ".cache" / "imagedream_rt"
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where the choices for a device are kept."""
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-")
-    return root / f"tuned-{name}-triton-{triton.__version__}.json"
+    return cache_folder() / f"tuned-{name}-triton-{triton.__version__}.json"
 
 
 def tuned_count(device: torch.device) -> int:

@@ -216,9 +216,22 @@ def test_unwritable_output_of_mesh(run: CommandLine, tmp_path: Path) -> None:
         ("fuse", ("--guidance-scale", -1), "guidance_scale is -1"),
         ("views", ("--seed", -1), "seed is -1"),
         ("fuse", ("--preset", "official", "--seed", 2**63), "seed is"),
-        ("views", ("--attention", "paper"), "unknown attention backend 'paper'"),
-        ("fuse", ("--preset", "seconds", "--encoding", "paper"), "unknown encoding 'paper'"),
-        ("generate", ("--preset", "seconds", "--volume", "paper"), "unknown volume backend 'paper'"),
+        (
+            "views",
+            ("--backend", "attention=paper"),
+            "unknown backend 'paper' of attention; there are auto, triton",
+        ),
+        (
+            "fuse",
+            ("--preset", "seconds", "--backend", "paper=torch"),
+            "the components are attention, encoding",
+        ),
+        ("generate", ("--preset", "seconds", "--backend", "volume"), "backend 'volume': give COMPONENT=NAME"),
+        (
+            "views",
+            ("--backend", "unet=tensorrt"),
+            "backend unet=tensorrt needs a folder of plans (--plans DIR",
+        ),
         ("fuse", ("--preset", "seconds", "--seed", -1), "seed is -1"),
         ("views", ("--elevation-deg", 91), "elevation_deg is 91"),
         ("views", ("--scheduler", "NoSuchScheduler"), "NoSuchScheduler"),
@@ -284,15 +297,15 @@ def test_settings_of_mesh(
 
 
 @pytest.mark.parametrize(
-    ("option", "package"),
-    [("--attention", "xformers"), ("--encoding", "tinycudann"), ("--volume", "nerfacc")],
+    ("component", "package"),
+    [("attention", "xformers"), ("encoding", "tinycudann"), ("volume", "nerfacc")],
 )
 def test_backend_that_is_not_installed(
-    run: CommandLine, picture: Path, tmp_path: Path, option: str, package: str
+    run: CommandLine, picture: Path, tmp_path: Path, component: str, package: str
 ) -> None:
     if _optional.installed(package):
         pytest.skip(f"{package} is installed")
-    arguments = (picture, "-o", tmp_path / "out", *QUICK, option, package)
+    arguments = (picture, "-o", tmp_path / "out", *QUICK, "--backend", f"{component}={package}")
     message = refused(run, tmp_path, "generate", *arguments)
     assert package in message
     assert "pip install" in message

@@ -11,13 +11,14 @@ import torch
 from tiny_fusion import TINY, StubGuidance
 
 from imagedream_rt.engine import captured
+from imagedream_rt.engine.backends import Backends
 from imagedream_rt.engine.captured import CapturedDistillation
 from imagedream_rt.engine.condition_bank import GreyBank, MatchedColour
 from imagedream_rt.engine.conditioning import Conditioner
 from imagedream_rt.engine.config import FusionConfig, Ramp
 from imagedream_rt.engine.distill import MultiViewGuidance
 from imagedream_rt.engine.errors import Cancelled, InputError
-from imagedream_rt.engine.field_state import Backends, FieldState
+from imagedream_rt.engine.field_state import FieldState
 from imagedream_rt.engine.fuse import Fusion
 from imagedream_rt.engine.picture import PreparedPicture
 from imagedream_rt.engine.weights import load_model

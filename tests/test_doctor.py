@@ -57,6 +57,22 @@ def test_kernels_without_triton(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor.tuned() == {}
 
 
+def test_backends(gpu: Path) -> None:
+    found = doctor.backends()
+    assert found["unet"] == {
+        "auto": "graph",
+        "others": {"eager": None, "compiled": None, "tensorrt": "with --plans DIR"},
+    }
+    assert found["precision"]["others"]["fp8"] == "compute capability 8.0, fp8 needs 8.9"
+
+
+def test_doctor_prints_the_backends(run: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines = [" ".join(line.split()) for line in run("doctor").out.splitlines()]
+    assert "backends (--backend COMPONENT=NAME)" in lines
+    assert "loop eager or graph (no CUDA device)" in lines
+
+
 def test_doctor_prints_the_kernels(run: CommandLine, gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "environment", lambda: {"python": "3"})
     gpu.write_text('{"a(1) x": "BLOCK=1 warps=4 stages=2"}')
@@ -94,6 +110,7 @@ def test_warmup_prints_where_the_caches_are(
     run: CommandLine, gpu: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     warmed: list[str | None] = []
     monkeypatch.setattr(weights, "pick_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(cli_bench, "load_pipeline", lambda *_: None)
@@ -102,6 +119,7 @@ def test_warmup_prints_where_the_caches_are(
     assert ran.out.splitlines() == [
         f"{gpu}  0 tuned configurations",
         f"{tmp_path / 'compiled'}  compiled kernels",
+        f"{tmp_path / 'inductor'}  what torch.compile made",
     ]
     assert warmed == ["draft"]
     assert run("warmup", "--json").json() == {
@@ -109,6 +127,7 @@ def test_warmup_prints_where_the_caches_are(
         "tuned": str(gpu),
         "configurations": 0,
         "compiled": str(tmp_path / "compiled"),
+        "inductor": str(tmp_path / "inductor"),
     }
 
 

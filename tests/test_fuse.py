@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_fusion import TINY, TINY_WARM, StubGuidance, grey_views
 
+from imagedream_rt.engine.backends import Backends
 from imagedream_rt.engine.cameras import orbit_cameras
 from imagedream_rt.engine.checkpoint import config_from_json, config_to_json, read_tensors, write_tensors
 from imagedream_rt.engine.config import DRAFT, OFFICIAL, PRESETS, FieldConfig
 from imagedream_rt.engine.errors import Cancelled, FusionError, InputError
-from imagedream_rt.engine.field_state import Backends
 from imagedream_rt.engine.fuse import EMPTY_STEPS, Fusion
 from imagedream_rt.engine.fused_field import FusedField
 from imagedream_rt.engine.random_streams import DEVICE, HOST, RandomStreams, stream_seed
@@ -145,7 +145,7 @@ def test_warm_start_needs_views():
 
 
 def test_backends_that_are_not_there_are_one_error():
-    with pytest.raises(InputError, match="'torch' or 'nerfacc'"):
+    with pytest.raises(InputError, match="unknown backend 'abacus' of volume; there are torch, nerfacc"):
         Fusion(TINY, StubGuidance(), backends=Backends(volume="abacus"))  # type: ignore[arg-type]
 
 

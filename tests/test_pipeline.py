@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,7 @@ def test_generate(pipe: ImageTo3D, tmp_path: Path) -> None:
     assert asset.views.shape == (4, 64, 64, 3)
     assert asset.metadata["fusion"]["name"] == "seconds"
     assert asset.metadata["views"]["guidance_scale"] == SECONDS.guidance_scale
-    assert asset.metadata["backends"] == {
-        "attention": "auto",
-        "encoding": "torch",
-        "volume": "torch",
-        "loop": "auto",
-    }
+    assert asset.metadata["backends"] == {"asked": asdict(pipe.backends), "used": asdict(pipe.used)}
     assert asset.metadata["mesh"]["faces"] == asset.report.faces
     assert set(asset.metadata["timings_s"]) == {"prepare", "views", "fuse", "mesh"}
     rendered = asset.render(orbit_cameras([0.0, 90.0], 0.0, 40.0, 2.0), 16)

@@ -42,6 +42,7 @@ class StubUNet:
     """Stands in for the UNet: remembers what it is given, answers with ``answer(latents, context, t)``."""
 
     answer: Any = None
+    takes_key_values: bool = False
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, latents, timesteps, context, **rest):

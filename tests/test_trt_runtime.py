@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,21 +13,28 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import object_picture
 from exports import small_model
 from fake_tensorrt import SCRATCH, VERSION, Refitter, Runtime, fake_tensorrt
 from test_manifest import make_manifest
 
+from imagedream_rt.engine import backends
+from imagedream_rt.engine.backends import Backends
+from imagedream_rt.engine.conditioning import Conditioner
 from imagedream_rt.engine.errors import ImageDreamError, InputError
+from imagedream_rt.engine.picture import prepare
 from imagedream_rt.engine.pipeline import ImageTo3D
-from imagedream_rt.engine.sampler import denoise
+from imagedream_rt.engine.sampler import denoise, sample_views
 from imagedream_rt.export import plan_model, refit, trt_runtime
 from imagedream_rt.export.components import component
 from imagedream_rt.export.manifest import PlanManifest, Source, read_manifest
-from imagedream_rt.export.plan_model import PlanUNet, with_plans
+from imagedream_rt.export.plan_model import PlanUNet, plans_in, with_plans
 from imagedream_rt.export.refit import refit_plan
 from imagedream_rt.export.trt_plan import this_platform, weights_map
 from imagedream_rt.export.trt_runtime import Plan, Workspace
 
+ANY: dict[str, None] = defaultdict(lambda: None)
+"""A survey in which everything can be used."""
 SPEC = {"name": "sample", "shape": ["batch", 3], "dtype": "float32"}
 OUT = {"name": "latent", "shape": ["batch", 3], "dtype": "float32"}
 
@@ -250,12 +258,39 @@ def test_full_plan_refuses_keys_and_values(tmp_path: Path) -> None:
         model.unet(torch.randn(2, 5, 4, 8, 8), torch.tensor([1, 2]), None, key_values=made)
 
 
-def test_pipeline_takes_a_model_with_plans(tmp_path: Path) -> None:
-    unet_plan(tmp_path)
+def test_pipeline_with_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet_plan(tmp_path, "unet_cached")
+    monkeypatch.setattr(backends, "survey", lambda device: dict.fromkeys(("unet", "vae", "precision"), ANY))
+    pipe = ImageTo3D(small_model("pixel"), plans=plans_in(tmp_path))
+    assert isinstance(pipe.model.unet, PlanUNet)
+    assert (pipe.used.unet, pipe.used.vae) == ("tensorrt", "eager")
+    images = pipe.views(object_picture(), "a ball", steps=2).images
+    assert images.shape == (4, 64, 64, 3)
+    assert context_shapes()["key_text_03"] == (2, 77, 64)
+    for asked, message in (
+        (Backends(attention="torch"), "attention 'torch' cannot be chosen with plans"),
+        (Backends(unet="eager"), "there are plans, and unet=eager, vae=eager use none"),
+        (Backends(precision="fp8"), "precision=fp8 cannot be used with a plan of the UNet"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ImageTo3D(small_model("pixel"), backends=asked, plans=plans_in(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["unet", "unet_cached"])
+def test_keys_and_values_of_all_steps_are_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Outside of the plan, if the plan has inputs for them."""
+    unet_plan(tmp_path, name)
     model = with_plans(small_model("pixel"), tmp_path)
-    assert ImageTo3D(model).model is model
-    with pytest.raises(InputError, match="attention 'torch' cannot be chosen with plans"):
-        ImageTo3D(model, attention="torch")
+    made, make = [], PlanUNet.prompt_key_values
+    monkeypatch.setattr(
+        PlanUNet,
+        "prompt_key_values",
+        lambda *given: made.append(1) or make(*given),  # type: ignore[func-returns-value]
+    )
+    sample_views(model, Conditioner(model, prepare(object_picture()), "a ball"), steps=4)
+    assert len(made) == (name == "unet_cached")
 
 
 def test_model_with_plans_of_another_checkpoint(tmp_path: Path) -> None:
