@@ -11,23 +11,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .errors import InputError
-from .layers import GroupNorm, normalised_convolution
+from .gradient_scale import GradientScale
+from .vae_blocks import adopt
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from diffusers.models.resnet import ResnetBlock2D
 
 
 class LatentCodec(nn.Module):
     """The VAE with its scaling factor. Pictures are [N, 3, H, W] in [-1, 1], latents [N, 4, H/8, W/8].
 
-    Inputs are cast to the network's dtype and outputs have it. Everything is differentiable. The layers of
-    ``vae`` that this package has kernels for are replaced, under the names they had.
+    Inputs are cast to the network's dtype and outputs have it, those of ``encode`` apart. Everything is differentiable.
+    The layers of ``vae`` that this package has kernels for are replaced, under the names they had.
     """
 
     def __init__(self, vae: AutoencoderKL, scaling_factor: float) -> None:
         super().__init__()
-        _adopt(vae)
+        adopt(vae)
         self.vae = vae
         self.scaling_factor = float(scaling_factor)
         self.downscale = 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -74,45 +74,24 @@ class LatentCodec(nn.Module):
         return self.scaling_factor * (mean + std * noise)
 
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents of pictures [N, 3, H, W], with the posterior's noise [N, 4, h, w] given."""
-        return self.sample(*self.moments(images), noise)
+        """Scaled latents of pictures [N, 3, H, W], with the posterior's noise [N, 4, h, w] given.
+
+        They are in float32 (a wider network's dtype) and so is their gradient until it is scaled to the range of a
+        network in float16 (:mod:`.gradient_scale`), if its parameters are frozen.
+        """
+        wide = torch.promote_types(self.vae.dtype, torch.float32)
+        scale = GradientScale() if self._scales_gradient(images) else None
+        mean, std = self.moments(images if scale is None else scale.enter(images))
+        latents = self.sample(mean.to(wide), std.to(wide), noise)
+        return latents if scale is None else scale.leave(latents)
+
+    def _scales_gradient(self, images: Tensor) -> bool:
+        wanted = torch.is_grad_enabled() and images.requires_grad and self.vae.dtype == torch.float16
+        return wanted and not any(parameter.requires_grad for parameter in self.parameters())
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, 8h, 8w], about [-1, 1] (not clamped), of scaled latents [N, 4, h, w]."""
         return self.vae.decode(latents.to(self.vae.dtype) / self.scaling_factor).sample
-
-
-class ResidualBlock(nn.Module):
-    """diffusers' ``ResnetBlock2D`` as the VAE has it (SiLU, no time embedding), with its layers and their names."""
-
-    def __init__(self, block: ResnetBlock2D) -> None:
-        super().__init__()
-        self.norm1 = GroupNorm.taking_over(block.norm1, silu=True)
-        self.conv1 = block.conv1
-        self.norm2 = GroupNorm.taking_over(block.norm2, silu=True)
-        self.conv2 = block.conv2
-        self.conv_shortcut = block.conv_shortcut
-
-    def forward(self, x: Tensor, temb: None = None) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]; ``temb`` is what diffusers passes to every block."""
-        h = self.conv2(normalised_convolution(self.conv1, self.norm2, self.norm1(x)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-def _adopt(vae: nn.Module) -> None:
-    """Replace blocks and normalisations of diffusers' VAE by ours, which share their parameters."""
-    from diffusers.models.resnet import ResnetBlock2D
-
-    for parent in list(vae.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, ResnetBlock2D) and isinstance(child.nonlinearity, nn.SiLU):
-                setattr(parent, name, ResidualBlock(child))
-            elif isinstance(child, nn.GroupNorm) and name == "group_norm":
-                setattr(parent, name, GroupNorm.taking_over(child))
-            elif isinstance(child, nn.GroupNorm) and name == "conv_norm_out":
-                # Encoder and decoder end with the norm, SiLU whatever the blocks have, and a convolution.
-                parent.conv_norm_out = GroupNorm.taking_over(child, silu=True)
-                parent.conv_act = nn.Identity()
 
 
 def rgb_picture(rgb: np.ndarray) -> Image.Image:

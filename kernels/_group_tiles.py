@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import constant, jit, tl, triton
+from ._triton import KernelBackend, constant, jit, tl, triton, use_triton
 from ._tuning import Launch
 
 LOG2_E = constant(1.4426950408889634)
@@ -223,3 +223,16 @@ def dense(weight: Tensor, bias: Tensor, shift: Tensor | None) -> tuple[Tensor, T
 
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def on_kernel(backend: KernelBackend, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether Triton normalises ``x``. Raises ``ValueError`` if it is told to and cannot."""
+    fits = (is_channels_last(x) or x.is_contiguous()) and x.numel() < x.shape[0] * 2**31
+    if not use_triton(backend, x, *others):
+        return False
+    if backend == "triton" and not fits:
+        raise ValueError(
+            "backend 'triton' takes channels-last or contiguous x with fewer than 2^31 elements a sample, got "
+            f"shape {tuple(x.shape)} with strides {x.stride()}"
+        )
+    return fits

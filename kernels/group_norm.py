@@ -33,6 +33,7 @@ from ._group_tiles import (
     is_channels_last,
     load_float,
     load_pivot,
+    on_kernel,
     over_channels,
     over_groups,
     program_channels,
@@ -41,7 +42,7 @@ from ._group_tiles import (
     tuning_key,
     whole_candidates,
 )
-from ._triton import KernelBackend, jit, tl, triton, use_triton
+from ._triton import KernelBackend, jit, tl, triton
 from ._tuning import Launch, Tuned
 from .group_norm_backward import group_norm_gradient
 
@@ -303,7 +304,7 @@ _CHUNKED = Tuned("group_norm_chunked", _normalise_kernel, chunked_candidates)
 
 
 @torch.library.custom_op("imagedream_rt::group_norm", mutates_args=())
-def _group_norm(
+def group_norm_and_moments(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd [N, G] for the backward pass."""
@@ -315,7 +316,7 @@ def _group_norm(
     return outputs
 
 
-@_group_norm.register_fake
+@group_norm_and_moments.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,7 +347,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...
     )
 
 
-_group_norm.register_autograd(_differentiate, setup_context=_remember)
+group_norm_and_moments.register_autograd(_differentiate, setup_context=_remember)
 
 
 def group_norm(
@@ -372,21 +373,16 @@ def group_norm(
     >>> group_norm(x, torch.ones(2), torch.zeros(2), groups=2, eps=0.0).flatten().tolist()
     [-1.0, 1.0, -1.0, 1.0]
     """
-    _check(x, weight, bias, groups, shift)
+    check(x, weight, bias, groups, shift)
     if not x.numel():
         return x.clone()
-    fits = (is_channels_last(x) or x.is_contiguous()) and x.numel() < x.shape[0] * 2**31
-    if use_triton(backend, x, weight, bias, shift) and (fits or backend == "triton"):
-        if not fits:
-            raise ValueError(
-                "backend 'triton' takes channels-last or contiguous x with fewer than 2^31 elements a sample, got "
-                f"shape {tuple(x.shape)} with strides {x.stride()}"
-            )
-        return _group_norm(x, weight, bias, shift, groups, eps, silu)[0]
+    if on_kernel(backend, x, weight, bias, shift):
+        return group_norm_and_moments(x, weight, bias, shift, groups, eps, silu)[0]
     return group_norm_reference(x, weight, bias, groups=groups, eps=eps, silu=silu, shift=shift)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
+    """Raises ``ValueError`` for shapes that do not fit together."""
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W], got {tuple(x.shape)}")
     samples, channels = x.shape[:2]

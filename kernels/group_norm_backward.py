@@ -5,8 +5,9 @@
     dbias = sum(dz),   dweight = sum(dz * xhat)   over samples and pixels,
 
 in the notation of ``group_norm``, where the means run over a group's channels and pixels. Everything but mean and
-rstd is computed again from x. The two plans are those of the forward pass: x and dy read once if a sample's group
-fits into registers, else twice.
+rstd is computed again from x. What else x gets, from the residual path around a block, is added before dx is
+rounded. The two plans are those of the forward pass: x and dy read once if a sample's group fits into registers,
+else twice.
 
 Source: Ioffe and Szegedy 2015, "Batch Normalization" (arXiv 1502.03167), section 3, over a group's extent.
 """
@@ -68,6 +69,7 @@ def _whole_gradient_kernel(
     shift,
     mean,
     rstd,
+    beside,
     grad_x,
     sums,
     pixels,
@@ -124,6 +126,8 @@ def _whole_gradient_kernel(
     b_along = over_channels(b_along, member, PER_GROUP, GROUPS)[None, :]
     if STEPS == 1:
         b_dx = (b_grad * b_weight[None, :] - b_sum - b_hat * b_along) * b_rstd[None, :]
+        if beside is not None:
+            b_dx += load_float(beside + base, offset, mask)
         tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask)
     else:
         for step in tl.range(0, STEPS, num_stages=STAGES):
@@ -133,6 +137,8 @@ def _whole_gradient_kernel(
                 grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU
             )
             b_dx = (b_grad * b_weight[None, :] - b_sum - b_hat * b_along) * b_rstd[None, :]
+            if beside is not None:
+                b_dx += load_float(beside + base, offset, mask)
             tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask)
 
 
@@ -206,6 +212,7 @@ def _gradient_kernel(
     shift,
     mean,
     rstd,
+    beside,
     parts,
     grad_x,
     pixels,
@@ -250,6 +257,8 @@ def _gradient_kernel(
         offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
         b_hat, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU)
         b_dx = (b_grad * b_weight[None, :] - b_sum - b_hat * b_along) * b_rstd[None, :]
+        if beside is not None:
+            b_dx += load_float(beside + base, offset, mask)
         tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask, eviction_policy="evict_first")
 
 
@@ -257,13 +266,15 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 """Gradient of y, x, weight, bias, shift, mean, rstd."""
 
 
-def _run_whole(inputs: Inputs, grad_x: Tensor, silu: bool, parameters: bool, launch: Launch) -> Tensor | None:
+def _run_whole(
+    inputs: Inputs, beside: Tensor | None, grad_x: Tensor, silu: bool, parameters: bool, launch: Launch
+) -> Tensor | None:
     _, x, _, _, shift, mean, _ = inputs
     (samples, channels, height, width), groups = x.shape, mean.shape[1]
     sums = x.new_empty(samples, 1, 2, channels, dtype=torch.float32) if parameters else None
     _whole_gradient_kernel[(triton.cdiv(groups, launch["GROUPS"]), samples)](
         *inputs,
-        *(grad_x, sums, height * width, 0 if shift is None else shift.stride(0)),
+        *(beside, grad_x, sums, height * width, 0 if shift is None else shift.stride(0)),
         SILU=silu,
         **constants(x, groups, launch, launch["STEPS"]),
     )
@@ -271,7 +282,7 @@ def _run_whole(inputs: Inputs, grad_x: Tensor, silu: bool, parameters: bool, lau
 
 
 def _run_chunked(
-    inputs: Inputs, grad_x: Tensor, silu: bool, parameters: bool, launch: Launch
+    inputs: Inputs, beside: Tensor | None, grad_x: Tensor, silu: bool, parameters: bool, launch: Launch
 ) -> Tensor | None:
     _, x, _, _, shift, mean, _ = inputs
     (samples, channels, height, width), groups = x.shape, mean.shape[1]
@@ -288,7 +299,7 @@ def _run_chunked(
     )
     _gradient_kernel[(triton.cdiv(pixels, walk), blocks, samples)](
         *inputs,
-        *(parts, grad_x, pixels, stride, chunks),
+        *(beside, parts, grad_x, pixels, stride, chunks),
         SEATS=triton.next_power_of_2(chunks),
         SILU=silu,
         **constants(x, groups, launch, launch["WALK"]),
@@ -311,21 +322,24 @@ def group_norm_gradient(
     rstd: Tensor,
     silu: bool,
     parameters: bool,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x in its memory format; with ``parameters`` also those of bias and weight, [2, C] in float32.
 
-    ``grad`` [N, C, H, W] is that of y; ``mean`` and ``rstd`` [N, G] are the forward pass's.
+    ``grad`` [N, C, H, W] is that of y; ``mean`` and ``rstd`` [N, G] are the forward pass's; ``beside`` [N, C, H, W] is
+    the gradient that x gets from elsewhere, which is added.
     """
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     grad, grad_x = grad.contiguous(memory_format=layout), torch.empty_like(x)
+    beside = None if beside is None else beside.contiguous(memory_format=layout)
     inputs = (grad, x, *dense(weight, bias, shift), mean, rstd)
     key = tuning_key(x, mean.shape[1], 2)
     plan, run = (_WHOLE, _run_whole) if whole_candidates(*key) else (_CHUNKED, _run_chunked)
 
     def measured(launch: Launch) -> None:
-        run(inputs, grad_x, silu, parameters, launch)
+        run(inputs, beside, grad_x, silu, parameters, launch)
 
-    sums = run(inputs, grad_x, silu, parameters, plan.choose(x.device, key, measured))
+    sums = run(inputs, beside, grad_x, silu, parameters, plan.choose(x.device, key, measured))
     return grad_x, x.new_empty(0, dtype=torch.float32) if sums is None else sums.sum((0, 1))
 
 
@@ -340,6 +354,7 @@ def _(
     rstd: Tensor,
     silu: bool,
     parameters: bool,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     size = (2, x.shape[1]) if parameters else (0,)
     return torch.empty_like(x), x.new_empty(size, dtype=torch.float32)

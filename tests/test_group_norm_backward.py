@@ -91,7 +91,7 @@ def run_plan(
     x, weight, bias, shift = (None if tensor is None else tensor.detach() for tensor in given)
     grad_x = torch.full_like(given.x, torch.nan, requires_grad=False)
     run = module._run_chunked if "WALK" in dict(launch.constants) else module._run_whole
-    sums = run((cotangent, x, weight, bias, shift, mean, rstd), grad_x, silu, True, launch)
+    sums = run((cotangent, x, weight, bias, shift, mean, rstd), None, grad_x, silu, True, launch)
     assert sums is not None
     grad_bias, grad_weight = sums.sum((0, 1))
     return grad_x, grad_weight, grad_bias
@@ -174,7 +174,7 @@ def test_kernels_compile_ahead(kernel: str, arch: int) -> None:
     launch = (whole_candidates(*key) if whole else chunked_candidates(*key))[0]
     given = {**constants(x, 32, launch, launch["STEPS"]), "SILU": True, "PDL": arch >= 90, "SEATS": 64}
     types = {
-        **dict.fromkeys(("grad", "x", "weight", "bias", "shift", "grad_x"), "*fp16"),
+        **dict.fromkeys(("grad", "x", "weight", "bias", "shift", "beside", "grad_x"), "*fp16"),
         **dict.fromkeys(("mean", "rstd", "parts", "sums"), "*fp32"),
         **dict.fromkeys(("pixels", "shift_stride", "chunks"), "i32"),
     }

@@ -14,7 +14,8 @@ from torch import Tensor
 from imagedream_rt.engine.blueprint import fill
 from imagedream_rt.engine.layers import fast_memory_format, use_kernels
 from imagedream_rt.engine.random_model import random_layout
-from imagedream_rt.engine.vae import LatentCodec, ResidualBlock
+from imagedream_rt.engine.vae import LatentCodec
+from imagedream_rt.engine.vae_blocks import AttentionBlock, Convolution, Downsample, ResidualBlock
 
 TINY: dict[str, Any] = {
     "block_out_channels": [8, 16],
@@ -55,7 +56,10 @@ def encoded_with_gradient(codec: LatentCodec, pictures: Tensor) -> tuple[Tensor,
 
 def test_names_parameters_and_numbers_are_those_of_diffusers(theirs: AutoencoderKL) -> None:
     ours = LatentCodec(copy.deepcopy(theirs), 0.5)
-    assert sum(isinstance(module, ResidualBlock) for module in ours.modules()) == 10
+    kinds = [type(module) for module in ours.modules()]
+    # Of the convolutions, those that a norm does not follow; one of a downsampling adds its bias there.
+    expected = {ResidualBlock: 10, AttentionBlock: 2, Downsample: 1, Convolution: 4 + 10 + 2 + 2 + 1}
+    assert {kind: kinds.count(kind) for kind in expected} == expected
     expected, found = theirs.state_dict(), ours.vae.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -77,21 +81,29 @@ def test_blocks_of_another_activation_stay_diffusers_own() -> None:
     assert codec.decode(randn(1, 4, 2, 2)).shape == (1, 3, 4, 4)
 
 
-def test_every_norm_on_its_kernel_gives_the_same(theirs: AutoencoderKL, kernel_device: torch.device) -> None:
+def test_everything_on_kernels_gives_the_same(theirs: AutoencoderKL, kernel_device: torch.device) -> None:
     plain = LatentCodec(theirs, 0.5).to(kernel_device)
     forced = copy.deepcopy(plain)
-    fast_memory_format(forced)
+    forced.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     use_kernels(plain, "torch")
     use_kernels(forced, "triton")
     pictures, latents = randn(2, 3, 4, 4).to(kernel_device), randn(1, 4, 2, 2).to(kernel_device)
+    pictures = pictures.contiguous(memory_format=torch.channels_last)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with Operators() as ran:
             moments, gradient = encoded_with_gradient(forced, pictures)
         wanted, wanted_gradient = encoded_with_gradient(plain, pictures)
         decoded = forced.decode(latents)
         wanted_decoded = plain.decode(latents)
-    # Four blocks of two norms, one before the attention, one at the end; each forward and backward.
-    assert ran.ours == {"group_norm": 10, "group_norm_gradient": 10}
+    # Four blocks of two norms, one before the attention, one at the end; each forward and backward. Biases of the
+    # first and the last convolution, of the four blocks, of the downsampling.
+    assert ran.ours == {
+        "group_norm": 10,
+        "group_norm_gradient": 10,
+        "bias_residual": 7,
+        "wide_attention": 1,
+        "wide_attention_gradient": 1,
+    }
     assert relative_error(moments, wanted) <= 1e-5
     assert relative_error(gradient, wanted_gradient) <= 1e-5
     assert relative_error(decoded, wanted_decoded) <= 1e-5
