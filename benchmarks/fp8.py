@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..engine.blocks import FeedForward
+from ..engine.blocks import FeedForward, GatedLinear
 from ..engine.fp8 import Fp8GatedLinear, Fp8LayerNorm, Fp8Linear
 from ..engine.layers import LayerNorm
 from .harness import OURS, Case
@@ -48,6 +48,9 @@ def _in_fp8(layers: nn.Sequential) -> nn.Sequential:
     first = Fp8LayerNorm(norm)
     if isinstance(behind, nn.Linear):
         return nn.Sequential(first, Fp8Linear.taking_over(behind, first.scales))
+    assert isinstance(behind, FeedForward)
     gated, _, out = behind.net
+    assert isinstance(gated, GatedLinear)
+    assert isinstance(out, nn.Linear)
     gate = Fp8GatedLinear(gated.proj, norm, first.scales)
     return nn.Sequential(first, gate, Fp8Linear.taking_over(out, gate.scales))
