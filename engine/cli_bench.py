@@ -17,6 +17,8 @@ from .cli_output import print_files, print_json
 if TYPE_CHECKING:
     from ..benchmarks.harness import Row
     from ..benchmarks.loop import StageRow
+    from ..benchmarks.views import ViewsRow
+    from .backends import UNetName
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed against the strongest peers, on a CUDA device.")
 
@@ -80,6 +82,45 @@ def loop(
             f"{name}: {minutes:.1f} minutes the whole schedule, and {report.prepare_s:.1f} s of preparation"
         )
     print_files({output / "loop.json": "every figure, with device and versions"})
+
+
+@bench.command()
+def views(
+    model: opt.Model = "random:full",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Measure torch.compile as well, which takes minutes once.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for views.json.")] = Path(
+        "out/bench"
+    ),
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Four views from a picture, by each backend of the UNet."""
+    console = None if as_json else Console(file=sys.stdout, highlight=False)
+    with work(debug):
+        from ..benchmarks.views import run
+        from .files import check_writable_folder, write_json
+
+        check_writable_folder(output)
+        unets: tuple[UNetName, ...] = ("eager", "graph", "compiled") if compiled else ("eager", "graph")
+        report = run(model, unets, steps=steps, on_row=lambda row: _views(console, row))
+        write_json(output / "views.json", report.to_dict())
+    if console is None:
+        print_json({"files": [str(output / "views.json")], **report.to_dict()})
+        return
+    print_files({output / "views.json": "every figure, with device and versions"})
+
+
+def _views(console: Console | None, row: ViewsRow) -> None:
+    """One backend as it is measured."""
+    if console is not None:
+        console.print(
+            f"{row.unet:<9} {row.median_ms:6.1f} ms ({row.p10_ms:.1f}-{row.p90_ms:.1f}), denoising"
+            f" {row.sampling_ms:.1f}; first call {row.first_s:.1f} s; {row.peak_gib:.1f} GiB; differs by"
+            f" {row.difference:.3f} of 255"
+        )
 
 
 def _stage(console: Console | None, row: StageRow) -> None:

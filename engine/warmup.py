@@ -33,7 +33,7 @@ def warm_up(
     is the model's default. Raises :class:`~.errors.InputError` for an unknown preset.
     """
     config = preset_named(pipe.default_preset if preset is None else preset)
-    picture = None if pipe.model.card.controller == "none" else _disc()
+    picture = None if pipe.model.card.controller == "none" else disc()
     stages = _short_fusions(config)
     pipe.views(picture, "a ball", steps=2)
     for number, short in enumerate(stages, start=1):
@@ -68,8 +68,8 @@ def _short_fusions(config: FusionConfig) -> list[FusionConfig]:
     ]
 
 
-def _disc() -> PreparedPicture:
-    """A grey disc before nothing."""
+def disc() -> PreparedPicture:
+    """A grey disc before nothing, where any picture will do."""
     y, x = np.indices((PICTURE_PX, PICTURE_PX)) - (PICTURE_PX - 1) / 2
     inside = np.hypot(x, y) < 0.4 * PICTURE_PX
     grey = np.array([128, 128, 128, 255], dtype=np.uint8)

@@ -396,7 +396,7 @@ gpu = pytest.mark.gpu
 
 @gpu
 @pytest.mark.parametrize("scale", [5.0, 1.0])
-def test_replayed_views_equal_eager_ones(scale: float) -> None:
+def test_replayed_views_equal_eager_ones(untuned: None, scale: float) -> None:
     model = load_model("random:tiny", device="cuda", controller="pixel")
     eager, replayed = (ImageTo3D(model, backends=Backends(unet=unet)) for unet in ("eager", "graph"))
     unet = replayed.model.unet
@@ -415,7 +415,7 @@ def test_replayed_views_equal_eager_ones(scale: float) -> None:
 
 @gpu
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])
-def test_steps_of_the_views_never_wait_for_the_device(scheduler: str) -> None:
+def test_steps_of_the_views_never_wait_for_the_device(untuned: None, scheduler: str) -> None:
     model = ImageTo3D(load_model("random:tiny", device="cuda", controller="pixel")).model
     settings: dict[str, Any] = {"steps": 5, "scheduler": scheduler}
     sample_views(model, conditioner(model), **settings)
@@ -432,7 +432,7 @@ def test_steps_of_the_views_never_wait_for_the_device(scheduler: str) -> None:
 
 
 @gpu
-def test_compiled_views_are_near_eager_ones(own_environment: Path) -> None:
+def test_compiled_views_are_near_eager_ones(untuned: None, own_environment: Path) -> None:
     model = load_model("random:tiny", device="cuda", controller="pixel")
     settings: dict[str, Any] = {"seed": 1, "steps": 3}
     wanted = sample_views(model, conditioner(model), **settings)
@@ -443,7 +443,7 @@ def test_compiled_views_are_near_eager_ones(own_environment: Path) -> None:
 
 
 @gpu
-def test_a_fusion_leaves_the_encoders_out_and_brings_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fusion_leaves_the_encoders_out_and_brings_them_back(untuned: None) -> None:
     pipe = ImageTo3D(load_model("random:tiny", device="cuda", controller="pixel"))
     config = replace(SECONDS, warm_start=None, background_match="grey")
     places = []
