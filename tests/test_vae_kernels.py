@@ -58,8 +58,8 @@ def test_names_parameters_and_numbers_are_those_of_diffusers(theirs: Autoencoder
     ours = LatentCodec(copy.deepcopy(theirs), 0.5)
     kinds = [type(module) for module in ours.modules()]
     # Of the convolutions, those that a norm does not follow; one of a downsampling adds its bias there.
-    expected = {ResidualBlock: 10, AttentionBlock: 2, Downsample: 1, Convolution: 4 + 10 + 2 + 2 + 1}
-    assert {kind: kinds.count(kind) for kind in expected} == expected
+    counts = {ResidualBlock: 10, AttentionBlock: 2, Downsample: 1, Convolution: 4 + 10 + 2 + 2 + 1}
+    assert {kind: kinds.count(kind) for kind in counts} == counts
     expected, found = theirs.state_dict(), ours.vae.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
