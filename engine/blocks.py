@@ -19,12 +19,12 @@ from ..kernels.attention import AttentionBackend, multi_view_attention
 from ..kernels.cross_attention import decoupled_cross_attention
 from ..kernels.geglu import geglu
 from .layers import (
+    Convolution,
     GroupNorm,
     KernelLayer,
     LayerNorm,
     StackedParameters,
     normalised_convolution,
-    sum_of_convolutions,
 )
 
 GROUPS = 32
@@ -77,10 +77,10 @@ class ResBlock(nn.Module):
             GroupNorm(GROUPS, out_channels, eps=1e-5, silu=True),
             nn.Identity(),
             nn.Identity(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            Convolution(out_channels, out_channels, 3, padding=1),
         )
         same = in_channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else Convolution(in_channels, out_channels, 1)
 
     @property
     def first_convolution(self) -> nn.Conv2d:
@@ -95,11 +95,8 @@ class ResBlock(nn.Module):
         """
         norm_in, norm_out, conv_out = self.in_layers[0], self.out_layers[0], self.out_layers[-1]
         assert isinstance(norm_out, GroupNorm)
-        assert isinstance(conv_out, nn.Conv2d)
         h = normalised_convolution(self.first_convolution, norm_out, norm_in(x), shifts[self.number])
-        if isinstance(self.skip_connection, nn.Conv2d):
-            return sum_of_convolutions(conv_out, h, self.skip_connection, x)
-        return x + conv_out(h)
+        return conv_out(h, self.skip_connection(x))
 
 
 class Downsample(nn.Module):
@@ -107,7 +104,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Convolution(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -118,7 +115,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels._triton import KernelBackend
+from ..kernels._triton import KernelBackend, use_triton
+from ..kernels.bias_residual import bias_residual
 from ..kernels.group_norm import group_norm
 from ..kernels.layer_norm import add_layer_norm, layer_norm
 
@@ -67,6 +68,40 @@ class LayerNorm(KernelLayer, nn.LayerNorm):
     def after_sum(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """``x + delta`` and its norm, all [..., C]."""
         return add_layer_norm(x, delta, self.weight, self.bias, self.eps, self.backend)
+
+
+class Convolution(KernelLayer, nn.Conv2d):
+    """``nn.Conv2d`` with a residual sum behind it, if there is one.
+
+    On CUDA, PyTorch adds a bias in a pass of its own and the residual in another: here one does both.
+    """
+
+    @classmethod
+    def taking_over(cls, convolution: nn.Conv2d) -> Convolution:
+        """The same convolution with the very same parameters."""
+        own = cls(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,  # type: ignore[arg-type]
+            convolution.stride,  # type: ignore[arg-type]
+            convolution.padding,  # type: ignore[arg-type]
+            device="meta",
+        )
+        own.weight, own.bias = convolution.weight, convolution.bias
+        return own
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x`` [N, C, H, W] -> [N, C', H', W'], as ``residual``."""
+        if self.bias is None or not use_triton(self.backend, x):
+            y = super().forward(x)
+        elif self.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
+            # A matrix product, which adds the bias as it writes.
+            y = functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
+                0, 3, 1, 2
+            )
+        else:
+            return bias_residual(self._conv_forward(x, self.weight, None), self.bias, residual, self.backend)
+        return y if residual is None else y + residual
 
 
 class StackedParameters(nn.Module):
@@ -126,20 +161,6 @@ def normalised_convolution(
         return norm(convolution(x))
     h = functional.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
     return norm(h, bias_of(convolution).expand(h.shape[0], -1) if shift is None else shift)
-
-
-def sum_of_convolutions(convolution: nn.Conv2d, h: Tensor, pointwise: nn.Conv2d, x: Tensor) -> Tensor:
-    """``convolution(h) + pointwise(x)``, the second one of 1x1.
-
-    Of a channels-last map that is a matrix product, which adds the biases of both as it writes; a convolution's
-    own would take a pass on CUDA.
-    """
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return convolution(h) + pointwise(x)
-    bias = bias_of(convolution) + bias_of(pointwise)
-    pixels = functional.linear(x.permute(0, 2, 3, 1), pointwise.weight.flatten(1), bias)
-    h = functional.conv2d(h, convolution.weight, None, convolution.stride, convolution.padding)
-    return h + pixels.permute(0, 3, 1, 2)
 
 
 def bias_of(convolution: nn.Conv2d) -> Tensor:

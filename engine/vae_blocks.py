@@ -18,46 +18,12 @@ from ..kernels._triton import use_triton
 from ..kernels.bias_residual import bias_residual
 from ..kernels.forked_group_norm import forked_group_norm
 from ..kernels.wide_attention import wide_attention, wide_attention_reference
-from .layers import GroupNorm, KernelLayer, normalised_convolution
+from .layers import Convolution, GroupNorm, KernelLayer, normalised_convolution
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from diffusers.models.downsampling import Downsample2D
     from diffusers.models.resnet import ResnetBlock2D
-
-
-class Convolution(KernelLayer, nn.Conv2d):
-    """``nn.Conv2d`` with a residual sum behind it, if there is one.
-
-    On CUDA, PyTorch adds a bias in a pass of its own and the residual in another: here one does both.
-    """
-
-    @classmethod
-    def taking_over(cls, convolution: nn.Conv2d) -> Convolution:
-        """The same convolution with the very same parameters."""
-        own = cls(
-            convolution.in_channels,
-            convolution.out_channels,
-            convolution.kernel_size,  # type: ignore[arg-type]
-            convolution.stride,  # type: ignore[arg-type]
-            convolution.padding,  # type: ignore[arg-type]
-            device="meta",
-        )
-        own.weight, own.bias = convolution.weight, convolution.bias
-        return own
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x`` [N, C, H, W] -> [N, C', H', W'], as ``residual``."""
-        if self.bias is None or not use_triton(self.backend, x):
-            y = super().forward(x)
-        elif self.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
-            # A matrix product, which adds the bias as it writes.
-            y = functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
-                0, 3, 1, 2
-            )
-        else:
-            return bias_residual(self._conv_forward(x, self.weight, None), self.bias, residual, self.backend)
-        return y if residual is None else y + residual
 
 
 class Downsample(KernelLayer):

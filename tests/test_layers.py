@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional
 
 from imagedream_rt.engine.layers import (
+    Convolution,
     GroupNorm,
     KernelLayer,
     LayerNorm,
     fast_memory_format,
     normalised_convolution,
-    sum_of_convolutions,
     use_kernels,
 )
 
@@ -69,26 +69,29 @@ def test_a_normalised_convolution_has_its_bias_or_the_shift(device: str, shifted
     torch.testing.assert_close(found, norm(wanted), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_sum_of_convolutions_has_both_biases(device: str, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_convolution_has_its_bias_and_residual(
+    kernel_device: torch.device, layout: torch.memory_format, size: int, summed: bool
+) -> None:
     torch.manual_seed(0)
-    convolution = nn.Conv2d(5, 8, 3, padding=1).to(device, memory_format=layout)  # type: ignore[call-overload]
-    pointwise = nn.Conv2d(3, 8, 1).to(device, memory_format=layout)  # type: ignore[call-overload]
-    h, x = (torch.randn(2, n, 4, 6, device=device).to(memory_format=layout) for n in (5, 3))
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), Operators() as ran:
-        found = sum_of_convolutions(convolution, h, pointwise, x)
-        wanted = convolution(h) + pointwise(x)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert found.is_contiguous(memory_format=layout)
-    assert not ran.rearranging()
-    found.square().mean().backward()
-    gradients = [p.grad for p in (*convolution.parameters(), *pointwise.parameters())]
-    convolution.zero_grad()
-    pointwise.zero_grad()
-    wanted.square().mean().backward()
-    for gradient, p in zip(gradients, (*convolution.parameters(), *pointwise.parameters()), strict=True):
-        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5)
+    theirs = nn.Conv2d(3, 8, size, padding=size // 2).to(kernel_device, memory_format=layout)  # type: ignore[call-overload]
+    x, residual = (torch.randn(2, n, 4, 6, device=kernel_device).to(memory_format=layout) for n in (3, 8))
+    gradients = []
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        wanted = theirs(x) + residual if summed else theirs(x)
+        for backend in ("torch", "triton"):
+            own = Convolution.taking_over(theirs)
+            use_kernels(own, backend)
+            with Operators() as ran:
+                found = own(x, residual if summed else None)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+            assert found.is_contiguous(memory_format=layout)
+            assert not ran.rearranging()
+            gradients.append(torch.autograd.grad(found.square().mean(), list(own.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_choice_reaches_every_layer() -> None:

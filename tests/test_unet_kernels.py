@@ -20,6 +20,7 @@ from imagedream_rt.kernels._triton import KernelBackend
 
 KERNELS = {
     "add_layer_norm",
+    "bias_residual",
     "cross_attention",
     "geglu",
     "group_norm",
