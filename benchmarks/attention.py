@@ -65,8 +65,6 @@ def _training_case(batch: int, tokens: int, heads: int) -> Case:
 
 
 def _contenders() -> dict[str, Attention]:
-    # What was compiled for another case would count as a recompilation, and few of those are allowed.
-    torch.compiler.reset()
     return {
         OURS: multi_view_attention,
         "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),

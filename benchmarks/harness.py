@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -64,16 +64,17 @@ class Row:
     unit: str
     error: float | None
     graph: bool
+    ceiling: float
+    """The rate of a large matrix product or a large copy in the same run."""
     problem: str | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run measured, how and where; ``ceilings``: rates of a large matrix product and a large copy."""
+    """What was measured, how and where."""
 
     device: str
     versions: dict[str, str]
-    ceilings: dict[str, float]
     rows: list[Row]
     warm_up: int = WARM_UP
     repeats: int = REPEATS
@@ -82,8 +83,8 @@ class Report:
         return asdict(self)
 
 
-OnCase = Callable[[list[Row], dict[str, float]], None]
-"""Given the rows of each finished case and the ceilings by unit."""
+OnCase = Callable[[list[Row]], None]
+"""Given the rows of each finished case."""
 
 
 def need_cuda() -> None:
@@ -101,13 +102,16 @@ def measure(cases: Iterable[Case], on_case: OnCase | None = None) -> Report:
     for case in cases:
         with torch.no_grad():
             wanted = _tensors(case.reference())
-        found = [_row(case, name, contender, wanted) for name, contender in case.contenders.items()]
+        ceiling = limits[case.unit]
+        found = [_row(case, name, contender, wanted, ceiling) for name, contender in case.contenders.items()]
         rows += found
         if on_case:
-            on_case(found, limits)
+            on_case(found)
         del case, wanted
         torch.cuda.empty_cache()
-    return Report(torch.cuda.get_device_name(), versions(), limits, rows)
+        # What was compiled for this case would count as a recompilation in the next, and few of those are allowed.
+        torch.compiler.reset()
+    return Report(torch.cuda.get_device_name(), versions(), rows)
 
 
 def best_peer(rows: Iterable[Row]) -> Row | None:
@@ -116,21 +120,22 @@ def best_peer(rows: Iterable[Row]) -> Row | None:
     return min(timed, key=lambda row: row.median_us or 0.0, default=None)
 
 
-def _row(case: Case, name: str, contender: Contender, wanted: tuple[Tensor, ...]) -> Row:
+def _row(case: Case, name: str, contender: Contender, wanted: tuple[Tensor, ...], ceiling: float) -> Row:
     graph = case.captured.get(name, case.graph)
+    row = Row(case.kernel, case.name, name, None, None, None, None, case.unit, None, graph, ceiling)
     try:
         found = _tensors(contender())
         error = max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
         del found
         if not error <= case.tolerance:
             problem = f"wrong: relative error {error:.1e}, allowed {case.tolerance:.0e}"
-            return Row(case.kernel, case.name, name, None, None, None, None, case.unit, error, graph, problem)
+            return replace(row, error=error, problem=problem)
         p10, median, p90 = time_us(contender, graph=graph)
     except Exception as failure:  # whatever a library raises, the others can still be measured
         problem = " ".join(str(failure).split())[:200] or type(failure).__name__
-        return Row(case.kernel, case.name, name, None, None, None, None, case.unit, None, graph, problem)
+        return replace(row, problem=problem)
     rate = case.work / median * 1e-6
-    return Row(case.kernel, case.name, name, median, p10, p90, rate, case.unit, error, graph)
+    return replace(row, median_us=median, p10_us=p10, p90_us=p90, rate=rate, error=error)
 
 
 def time_us(

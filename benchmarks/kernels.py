@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
 from ..engine.errors import InputError
 from ..engine.files import staged, write_json
-from .harness import Case, OnCase, Report, measure, need_cuda
+from .harness import Case, OnCase, Report, Row, measure, need_cuda
 
 FILE = "kernels"
 """Name of the written files, without suffix."""
@@ -26,31 +28,57 @@ def benchmarked() -> list[str]:
 
 def cases(names: Sequence[str] = ()) -> Iterator[Case]:
     """The cases of these kernels, or of all of them. Raises :class:`InputError` for an unknown name."""
+    for name in _chosen(names):
+        yield from import_module(f".{name}", __package__).cases()
+
+
+def _chosen(names: Sequence[str]) -> Sequence[str]:
     known = benchmarked()
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(f"no benchmark of {', '.join(unknown)}; there are {', '.join(known)}")
-    for name in names or known:
-        yield from import_module(f".{name}", __package__).cases()
+    return names or known
 
 
-def run(names: Sequence[str] = (), on_case: OnCase | None = None) -> Report:
-    """Measure on the current CUDA device. Raises :class:`InputError` without one, and for an unknown name."""
+def run(folder: Path, names: Sequence[str] = (), on_case: OnCase | None = None) -> Report:
+    """Measure on the current CUDA device, one kernel after the other.
+
+    After each kernel ``kernels.json`` in ``folder`` is written. Rows of kernels that are not measured stay in it
+    if they are of the same device and versions. Raises :class:`InputError` without a CUDA device, for an unknown
+    name, and if ``folder`` cannot be written.
+    """
     need_cuda()
-    return measure(cases(names), on_case)
+    chosen = _chosen(names)
+    path = folder / f"{FILE}.json"
+    for name in chosen:
+        report = _with_others(measure(cases([name]), on_case), path)
+        write_json(path, report.to_dict())
+    return report
 
 
-def write(report: Report, folder: Path) -> list[Path]:
-    """``kernels.json`` and, where matplotlib is installed, ``kernels.png`` in ``folder``; the files written.
+def _with_others(report: Report, path: Path) -> Report:
+    """The report, and what the file says of other kernels under the same conditions."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        held = [Row(**row) for row in earlier.pop("rows")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return report
+    alike = earlier == {key: value for key, value in report.to_dict().items() if key != "rows"}
+    measured = {row.kernel for row in report.rows}
+    others = [row for row in held if row.kernel not in measured] if alike else []
+    return replace(report, rows=sorted(report.rows + others, key=lambda row: row.kernel))
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """``kernels.png`` beside ``kernels.json`` in ``folder``, where matplotlib is installed; the files there are.
 
     Raises :class:`InputError` if ``folder`` cannot be written.
     """
     written = [folder / f"{FILE}.json"]
-    write_json(written[0], report.to_dict())
     try:
-        from .plot import figure
+        from .plot import kernels_figure
 
-        drawn = figure(report)
+        drawn = kernels_figure(report)
     except ImportError:
         return written
     with staged(folder) as stage:

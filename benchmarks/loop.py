@@ -3,7 +3,8 @@
 The field starts as a solid ball, so that a render has the samples of a finished object; the weights of the
 model do not matter to the time. ``ours`` replays captured steps in half precision. ``reference`` is the plain
 loop: one operation after the other, float32 weights under autocast, networks without this package's kernels, and
-the prompt conditioned anew in every step, as in the released code. Its renderer is this package's own as well.
+the prompt conditioned anew in every step, as in the released code; only its renderer is this package's own. The
+rungs between them add one optimisation each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,10 @@ from ..engine.config import preset as preset_named
 from ..engine.distill import MultiViewGuidance
 from ..engine.draws import StepTensors
 from ..engine.field_state import FieldState
+from ..engine.files import staged, write_json
 from ..engine.fuse import Fusion
 from ..engine.graphed import GraphedStep
+from ..engine.layers import use_kernels
 from ..engine.model import MultiViewModel
 from ..engine.picture import PreparedPicture
 from ..engine.warmup import OPAQUE_BLOB
@@ -60,6 +64,29 @@ class StageRow:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """A loop that calls one operation after the other."""
+
+    name: str
+    dtype: torch.dtype
+    """Of the weights; float32 ones run under autocast to half precision."""
+    remembers: bool
+    """Whether the prompt's conditions are kept from step to step."""
+    kernels: bool
+    """Whether UNet and VAE use this package's kernels."""
+
+
+REFERENCE = "reference"
+LADDER = (
+    Rung(REFERENCE, torch.float32, False, False),
+    Rung("+ conditions kept", torch.float32, True, False),
+    Rung("+ half-precision weights", torch.float16, True, False),
+    Rung("+ kernels", torch.float16, True, True),
+)
+"""Each with what the ones above it have; "ours" has all, in one CUDA graph a step."""
+
+
+@dataclass(frozen=True)
 class LoopReport:
     """All stages, and the schedule projected from their mean times."""
 
@@ -84,7 +111,7 @@ def run(
     reference: bool = False,
     on_row: Callable[[StageRow], None] | None = None,
 ) -> LoopReport:
-    """Measure the loop on the current CUDA device; ``reference`` measures the plain loop as well.
+    """Measure the loop on the current CUDA device; ``reference`` measures the plain loops as well.
 
     Raises :class:`InputError` without a CUDA device.
     """
@@ -96,7 +123,7 @@ def run(
     rows = []
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         loaded = load_model(model, device="cuda", dtype=torch.float16)
-        guidance = _guidance(loaded, config)
+        guidance = ball_guidance(loaded, config)
         start = time.perf_counter()
         bank = GreyBank(guidance.conditioner)
         torch.cuda.synchronize()
@@ -107,14 +134,33 @@ def run(
                 on_row(rows[-1])
         del bank, guidance, loaded
         torch.cuda.empty_cache()
-        if reference:
-            for row in _reference_rows(model, config, max(4, steps // 6)):
+        for rung in LADDER if reference else ():
+            for row in _plain_rows(rung, model, config, max(4, steps // 6)):
                 rows.append(row)
                 if on_row:
                     on_row(row)
+            torch.cuda.empty_cache()
     return LoopReport(
         model, torch.cuda.get_device_name(), versions(), rows, prepare_s, schedule_minutes(rows)
     )
+
+
+def write(report: LoopReport, folder: Path) -> list[Path]:
+    """``loop.json`` and, where matplotlib is installed, ``loop.png`` in ``folder``; the files written.
+
+    Raises :class:`InputError` if ``folder`` cannot be written.
+    """
+    written = [folder / "loop.json"]
+    write_json(written[0], report.to_dict())
+    try:
+        from .plot import loop_figure
+
+        drawn = loop_figure(report)
+    except ImportError:
+        return written
+    with staged(folder) as stage:
+        drawn.savefig(stage / "loop.png", dpi=110)
+    return [*written, folder / "loop.png"]
 
 
 def schedule_minutes(rows: list[StageRow]) -> dict[str, float]:
@@ -129,7 +175,8 @@ def _stages(config: FusionConfig) -> Iterator[tuple[Stage, int]]:
         yield replace(stage, start=0), end - stage.start
 
 
-def _guidance(model: MultiViewModel, config: FusionConfig) -> MultiViewGuidance:
+def ball_guidance(model: MultiViewModel, config: FusionConfig) -> MultiViewGuidance:
+    """Guidance by a picture of a ball."""
     y, x = np.indices((512, 512)) - 255.5
     rgba = np.zeros((512, 512, 4), dtype=np.uint8)
     rgba[np.hypot(x, y) < 200] = (180, 90, 40, 255)
@@ -245,13 +292,14 @@ def _parts(loop: CapturedDistillation) -> dict[str, float]:
     return found
 
 
-def _reference_rows(model: str, config: FusionConfig, steps: int) -> Iterator[StageRow]:
-    from ..engine.layers import use_kernels
-
-    loaded = load_model(model, device="cuda", dtype=torch.float32)
-    for network in (loaded.unet, loaded.vae):
-        use_kernels(network, "torch")
-    guidance = _Forgetful(loaded, _guidance(loaded, config).conditioner, config)
+def _plain_rows(rung: Rung, model: str, config: FusionConfig, steps: int) -> Iterator[StageRow]:
+    loaded = load_model(model, device="cuda", dtype=rung.dtype)
+    if not rung.kernels:
+        for network in (loaded.unet, loaded.vae):
+            use_kernels(network, "torch")
+    guidance = ball_guidance(loaded, config)
+    if not rung.remembers:
+        guidance = _Forgetful(loaded, guidance.conditioner, config)
     for stage, count in _stages(config):
         torch.cuda.reset_peak_memory_stats()
         fusion = Fusion(
@@ -261,11 +309,13 @@ def _reference_rows(model: str, config: FusionConfig, steps: int) -> Iterator[St
             device="cuda",
             backends=Backends(loop="eager"),
         )
-        for step in range(2):
-            fusion.distill(step)
-        times, host = _step_times(fusion.distill, 2, steps)
+        with torch.autocast("cuda", dtype=torch.float16, enabled=rung.dtype == torch.float32):
+            for step in range(2):
+                fusion.distill(step)
+            times, host = _step_times(fusion.distill, 2, steps)
+        peak = torch.cuda.max_memory_reserved() / 2**30
         yield StageRow(
-            "reference",
+            rung.name,
             stage.resolution,
             stage.views,
             count,
@@ -274,19 +324,14 @@ def _reference_rows(model: str, config: FusionConfig, steps: int) -> Iterator[St
             None,
             None,
             None,
-            torch.cuda.max_memory_reserved() / 2**30,
+            peak,
             {},
         )
 
 
 class _Forgetful(MultiViewGuidance):
-    """Conditions on the prompt anew in every step, and computes under autocast."""
-
-    def encode(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.autocast("cuda", dtype=torch.float16):
-            return super().encode(rgb, generator).float()
+    """Conditions on the prompt anew in every step."""
 
     def target(self, *arguments: Any) -> Tensor:
         self.conditioner.forget()
-        with torch.autocast("cuda", dtype=torch.float16):
-            return super().target(*arguments)
+        return super().target(*arguments)

@@ -17,6 +17,7 @@ from .cli_output import print_files, print_json
 if TYPE_CHECKING:
     from ..benchmarks.harness import Row
     from ..benchmarks.loop import StageRow
+    from ..benchmarks.schedule import Line
     from ..benchmarks.views import ViewsRow
     from .backends import UNetName
 
@@ -37,12 +38,12 @@ def kernels(
     """Every kernel against other implementations at ImageDream's shapes; each result is checked before it is timed."""
     rows = _Rows(None if as_json else sys.stdout)
     with work(debug):
-        from ..benchmarks.kernels import run, write
+        from ..benchmarks.kernels import draw, run
         from .files import check_writable_folder
 
         check_writable_folder(output)
-        report = run(names or (), rows)
-        written = write(report, output)
+        report = run(output, names or (), rows)
+        written = draw(report, output)
         if len(written) == 1:
             print("note: no picture: matplotlib is not installed (extra bench)", file=sys.stderr)
     if as_json:
@@ -59,29 +60,68 @@ def loop(
     preset: Annotated[str, typer.Option(help="draft, official or paper.")] = "official",
     steps: Annotated[int, typer.Option(min=8, help="Measured steps of each stage.")] = 48,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Measure the plain loop as well, for the ratio.")
+        bool,
+        typer.Option(
+            "--reference", help="Measure the plain loop as well, and what each step away from it buys."
+        ),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for loop.json.")] = Path("out/bench"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for loop.json and loop.png.")] = Path(
+        "out/bench"
+    ),
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """A distillation step of every stage and its parts, and what the whole schedule comes to."""
     console = None if as_json else Console(file=sys.stdout, highlight=False)
     with work(debug):
-        from ..benchmarks.loop import run
-        from .files import check_writable_folder, write_json
+        from ..benchmarks.loop import run, write
+        from .files import check_writable_folder
 
         check_writable_folder(output)
         report = run(model, preset, steps=steps, reference=reference, on_row=lambda row: _stage(console, row))
-        write_json(output / "loop.json", report.to_dict())
+        written = write(report, output)
     if console is None:
-        print_json({"files": [str(output / "loop.json")], **report.to_dict()})
+        print_json({"files": [str(path) for path in written], **report.to_dict()})
         return
     for name, minutes in report.schedule_min.items():
         print(
             f"{name}: {minutes:.1f} minutes the whole schedule, and {report.prepare_s:.1f} s of preparation"
         )
-    print_files({output / "loop.json": "every figure, with device and versions"})
+    contents = {".json": "every figure, with device and versions", ".png": "minutes of every loop"}
+    print_files({path: contents[path.suffix] for path in written})
+
+
+@bench.command()
+def schedule(
+    model: opt.Model = "random:full",
+    preset: Annotated[str, typer.Option(help="One of the presets.")] = "official",
+    steps: opt.Steps = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for schedule.json.")] = Path(
+        "out/bench"
+    ),
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """A preset's whole fusion, from its first step to its last, by the clock on the wall."""
+    with work(debug):
+        from ..benchmarks.schedule import run, write
+        from .files import check_writable_folder
+
+        check_writable_folder(output)
+        report = run(model, preset, steps=steps, on_line=None if as_json else _log_line)
+        path = write(report, output)
+    if as_json:
+        print_json({"files": [str(path)], **report.to_dict()})
+        return
+    print(f"{report.steps} steps in {report.seconds:.1f} s; {report.peak_gib:.1f} GiB")
+    print_files({path: "the log, with device and versions"})
+
+
+def _log_line(line: Line) -> None:
+    print(
+        f"step {line.step:>6}  {line.seconds:8.1f} s  loss {line.loss:.4g}  {line.reserved_gib:.1f} GiB",
+        file=sys.stderr,
+    )
 
 
 @bench.command()
@@ -178,7 +218,7 @@ class _Rows:
         self._console = None if file is None else Console(file=file, highlight=False)  # type: ignore[arg-type]
         self._kernel: str | None = None
 
-    def __call__(self, rows: list[Row], ceilings: dict[str, float]) -> None:
+    def __call__(self, rows: list[Row]) -> None:
         from ..benchmarks.harness import OURS, best_peer
 
         if self._console is None:
@@ -198,7 +238,7 @@ class _Rows:
             assert row.p90_us is not None
             assert row.rate is not None
             spread = f"{row.p10_us:.1f}-{row.p90_us:.1f}"
-            share = f"{row.rate / ceilings[row.unit]:.0%} of {ceilings[row.unit]:.3g}"
+            share = f"{row.rate / row.ceiling:.0%} of {row.ceiling:.3g}"
             speed = "" if peer is None or peer.median_us is None else f"{peer.median_us / row.median_us:.2f}x"
             values = (
                 row.case,

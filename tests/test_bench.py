@@ -15,8 +15,9 @@ import torch
 from command_line import CommandLine
 
 from imagedream_rt.benchmarks import harness, kernels
+from imagedream_rt.benchmarks import loop as loop_benchmark
 from imagedream_rt.benchmarks.harness import Case, Report, Row, best_peer, measure, relative_error
-from imagedream_rt.benchmarks.loop import StageRow, schedule_minutes
+from imagedream_rt.benchmarks.loop import LoopReport, StageRow, schedule_minutes
 from imagedream_rt.engine.errors import InputError
 
 CEILINGS = {"TFLOP/s": 700.0, "TB/s": 4.0}
@@ -75,7 +76,7 @@ def test_right_results_are_timed(clock: Clock) -> None:
     assert ours.rate == pytest.approx(3.0)  # 6 MB in 2 microseconds
     assert ours.error == pytest.approx(5e-4, rel=1e-3)
     assert (peer.error, peer.problem) == (0.0, None)
-    assert (report.device, report.ceilings) == ("a GPU", CEILINGS)
+    assert (report.device, ours.ceiling) == ("a GPU", CEILINGS["TB/s"])
     assert report.versions["torch"] == torch.__version__
 
 
@@ -123,7 +124,7 @@ def test_cases_are_made_one_at_a_time(clock: Clock) -> None:
             events.append(f"made {number}")
             yield case(ours=TRUTH)
 
-    measure(cases(), lambda rows, ceilings: events.append(f"{len(rows)} of {ceilings['TB/s']}"))
+    measure(cases(), lambda rows: events.append(f"{len(rows)} of {rows[0].ceiling}"))
     assert events == ["made 0", "1 of 4.0", "made 1", "1 of 4.0"]
 
 
@@ -148,32 +149,54 @@ def test_only_known_kernels_are_benchmarked() -> None:
 
 def report() -> Report:
     rows = [
-        Row("scale", "3 numbers", "ours", 2.0, 1.5, 2.5, 3.0, "TB/s", 1e-4, True),
-        Row("scale", "3 numbers", "peer", 5.0, 4.5, 5.5, 1.2, "TB/s", 0.0, True),
-        Row("scale", "4 numbers", "peer", None, None, None, None, "TB/s", None, True, "not installed"),
-        Row("product", "big", "ours", 9.0, 8.0, 9.5, 500.0, "TFLOP/s", 0.0, False),
+        Row("scale", "3 numbers", "ours", 2.0, 1.5, 2.5, 3.0, "TB/s", 1e-4, True, 4.0),
+        Row("scale", "3 numbers", "peer", 5.0, 4.5, 5.5, 1.2, "TB/s", 0.0, True, 4.0),
+        Row("scale", "4 numbers", "peer", None, None, None, None, "TB/s", None, True, 4.0, "not installed"),
+        Row("product", "big", "ours", 9.0, 8.0, 9.5, 500.0, "TFLOP/s", 0.0, False, 700.0),
     ]
-    return Report("a GPU", harness.versions(), CEILINGS, rows)
+    return Report("a GPU", harness.versions(), rows)
 
 
 def test_files_of_a_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    written = kernels.write(report(), tmp_path / "out")
+    written = kernels.draw(report(), tmp_path / "out")
     assert [path.name for path in written] == ["kernels.json", "kernels.png"]
-    found = json.loads(written[0].read_text())
-    assert found["rows"][2]["problem"] == "not installed"
-    assert (found["warm_up"], found["repeats"]) == (harness.WARM_UP, harness.REPEATS)
     assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_kernels_keep_their_rows(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While device and versions are the same."""
+    monkeypatch.setattr(kernels, "benchmarked", lambda: ["scale", "shift"])
+    monkeypatch.setattr(
+        kernels,
+        "cases",
+        lambda names: iter([replace(case(ours=TRUTH, peer=OSError("broken")), kernel=names[0])]),
+    )
+
+    def kernels_in_file(*measured: str) -> list[str]:
+        kernels.run(tmp_path, measured)
+        found = json.loads((tmp_path / "kernels.json").read_text())
+        assert [row["problem"] for row in found["rows"]] == [None, "broken"] * (len(found["rows"]) // 2)
+        assert (found["warm_up"], found["repeats"]) == (harness.WARM_UP, harness.REPEATS)
+        return [row["kernel"] for row in found["rows"]]
+
+    assert kernels_in_file("shift") == ["shift"] * 2
+    assert kernels_in_file("scale") == ["scale"] * 2 + ["shift"] * 2
+    assert kernels_in_file("scale") == ["scale"] * 2 + ["shift"] * 2
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    assert kernels_in_file("scale") == ["scale"] * 2
+    (tmp_path / "kernels.json").write_text("{")
+    assert kernels_in_file() == ["scale"] * 2 + ["shift"] * 2
 
 
 def test_without_matplotlib_there_is_only_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert [path.name for path in kernels.write(report(), tmp_path)] == ["kernels.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
+    assert [path.name for path in kernels.draw(report(), tmp_path)] == ["kernels.json"]
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["kernels", "loop"])
+@pytest.mark.parametrize("command", ["kernels", "loop", "schedule"])
 def test_the_commands_need_a_gpu(
     command: str, run: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +216,7 @@ def test_the_command_names_the_kernels_there_are(run: CommandLine, clock: Clock,
 @pytest.fixture
 def two_cases(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [case(ours=TRUTH, peer=TRUTH, slow_peer=ImportError("not here")), case(peer=TRUTH)]
+    monkeypatch.setattr(kernels, "benchmarked", lambda: ["scale"])
     monkeypatch.setattr(kernels, "cases", lambda names: iter(found))
 
 
@@ -215,7 +239,7 @@ def test_the_command_as_json(run: CommandLine, two_cases: None, tmp_path: Path) 
     found = run("bench", "kernels", "-o", tmp_path, "--json").json()
     assert found["files"][0] == str(tmp_path / "kernels.json")
     assert [row["contender"] for row in found["rows"]] == ["ours", "peer", "slow peer", "peer"]
-    assert found["ceilings"] == CEILINGS
+    assert {row["ceiling"] for row in found["rows"]} == {CEILINGS["TB/s"]}
 
 
 @pytest.mark.gpu
@@ -229,9 +253,22 @@ def test_the_clock_on_the_gpu() -> None:
         assert low <= median <= high
 
 
-def test_schedule_is_every_stage_at_its_mean() -> None:
-    def row(loop: str, steps: int, mean_ms: float) -> StageRow:
-        return StageRow(loop, 64, 8, steps, mean_ms, 1.0, 1.0, None, None, None, None, 1.0, {})
+def stage_row(loop: str, steps: int, mean_ms: float, resolution: int = 64) -> StageRow:
+    return StageRow(loop, resolution, 8, steps, mean_ms, 1.0, 1.0, None, None, None, None, 1.0, {})
 
-    rows = [row("ours", 5000, 12.0), row("ours", 2500, 24.0), row("reference", 5000, 120.0)]
+
+def test_schedule_is_every_stage_at_its_mean() -> None:
+    rows = [stage_row("ours", 5000, 12.0), stage_row("ours", 2500, 24.0), stage_row("reference", 5000, 120.0)]
     assert schedule_minutes(rows) == pytest.approx({"ours": 2.0, "reference": 10.0})
+
+
+def test_files_of_the_loop(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        stage_row(loop, 5000, 12.0, px) for loop in ("ours", "reference", "+ kernels") for px in (64, 192)
+    ]
+    report = LoopReport("random:full", "a GPU", harness.versions(), rows, 1.0, schedule_minutes(rows))
+    written = loop_benchmark.write(report, tmp_path)
+    assert [path.name for path in written] == ["loop.json", "loop.png"]
+    assert json.loads(written[0].read_text())["schedule_min"]["reference"] == pytest.approx(2.0)
+    assert written[1].read_bytes().startswith(b"\x89PNG")
