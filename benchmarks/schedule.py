@@ -1,0 +1,102 @@
+"""A preset's whole schedule from its first step to its last, by the clock on the wall, with its log.
+
+What ``bench loop`` projects from a few steps of each stage, seen in full. The field starts as a solid ball and stays
+one, so that weights which know no object render the samples of a finished one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.config import preset as preset_named
+from ..engine.files import write_json
+from ..engine.fuse import Fusion
+from ..engine.warmup import OPAQUE_BLOB
+from ..engine.weights import load_model
+from .harness import need_cuda, versions
+from .loop import SEED, ball_guidance
+
+LINE_EVERY = 500
+
+
+@dataclass(frozen=True)
+class Line:
+    """The log: where the fusion stood, ``seconds`` after it began."""
+
+    step: int
+    seconds: float
+    loss: float
+    reserved_gib: float
+    """The most memory held so far."""
+
+
+@dataclass(frozen=True)
+class ScheduleReport:
+    """One run; ``seconds`` from the loaded model to the finished field, conditions of the picture included."""
+
+    model: str
+    preset: str
+    steps: int
+    device: str
+    versions: dict[str, str]
+    seconds: float
+    peak_gib: float
+    log: list[Line]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run(
+    model: str = "random:full",
+    preset: str = "official",
+    *,
+    steps: int | None = None,
+    on_line: Callable[[Line], None] | None = None,
+) -> ScheduleReport:
+    """Run the preset's fusion on the current CUDA device, or the first ``steps`` of it.
+
+    Raises :class:`InputError` without a CUDA device, and what the fusion raises.
+    """
+    need_cuda()
+    config = preset_named(preset)
+    config = replace(config, field=replace(config.field, blob_strength=OPAQUE_BLOB), warm_start=None)
+    config = config.changed(steps=steps or config.steps)
+    log: list[Line] = []
+    loaded = load_model(model, device="cuda", dtype=torch.float16)
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+
+    def note(phase: str, done: int, values: dict[str, float]) -> None:
+        if done % LINE_EVERY == 0 or done == config.steps:
+            held = torch.cuda.max_memory_reserved() / 2**30
+            log.append(Line(done, time.perf_counter() - start, values["loss"], held))
+            if on_line is not None:
+                on_line(log[-1])
+
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        Fusion(config, ball_guidance(loaded, config), seed=SEED, device="cuda").run(on_metrics=note)
+    torch.cuda.synchronize()
+    return ScheduleReport(
+        model,
+        config.name,
+        config.steps,
+        torch.cuda.get_device_name(),
+        versions(),
+        time.perf_counter() - start,
+        torch.cuda.max_memory_reserved() / 2**30,
+        log,
+    )
+
+
+def write(report: ScheduleReport, folder: Path) -> Path:
+    """``schedule.json`` in ``folder``. Raises :class:`InputError` if it cannot be written."""
+    path = folder / "schedule.json"
+    write_json(path, report.to_dict())
+    return path
