@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ class Tuned:
     def choose(self, device: torch.device, key: Key, run: Callable[[Launch], None]) -> Launch:
         """The launch for ``key``, the arguments of ``candidates``.
 
-        ``run`` launches the kernel once and may be called often: what it writes must not depend on what was
-        there before.
+        ``run`` launches the kernel once and may be called often, at first from several threads: what it writes
+        must not depend on what was there before.
         """
         index = device.index or 0
         if launch := self._chosen.get((index, key)):
@@ -85,20 +86,23 @@ class Tuned:
             if launch is None:
                 if torch.cuda.is_current_stream_capturing():
                     return candidates[0]
-                launch = self._measure(key, candidates, run)
+                launch = self._measure(device, key, candidates, run)
                 _write(path, entry, str(launch))
         else:
             launch = candidates[0]
         self._chosen[(index, key)] = launch
         return launch
 
-    def _measure(self, key: Key, candidates: Sequence[Launch], run: Callable[[Launch], None]) -> Launch:
+    def _measure(
+        self, device: torch.device, key: Key, candidates: Sequence[Launch], run: Callable[[Launch], None]
+    ) -> Launch:
         times: dict[Launch, float] = {}
         what = f"tuning {self.name} for {', '.join(map(str, key))}"
+        _report(what, 0, len(candidates))
+        _build(device, candidates, run)
         for number, candidate in enumerate(candidates):
             _report(what, number, len(candidates))
-            # A candidate may ask for more shared memory or registers than this device has.
-            with contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError):
+            with _unless_too_large():
                 run(candidate)
                 times[candidate] = triton.testing.do_bench_cudagraph(
                     lambda candidate=candidate: run(candidate), rep=5, return_mode="median"
@@ -110,6 +114,23 @@ class Tuned:
 
     def _entry(self, key: Key) -> str:
         return f"{self.name}({', '.join(map(str, key))}) {_source_hash(self.kernel)}"
+
+
+def _build(device: torch.device, candidates: Sequence[Launch], run: Callable[[Launch], None]) -> None:
+    """Launch every candidate once, from a thread each: compiling takes far longer than measuring does."""
+    stream = torch.cuda.current_stream(device)
+
+    def build(candidate: Launch) -> None:
+        with torch.cuda.stream(stream), _unless_too_large():
+            run(candidate)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        list(threads.map(build, candidates))
+
+
+def _unless_too_large() -> contextlib.AbstractContextManager[None]:
+    """A candidate may ask for more shared memory or registers than a device has."""
+    return contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError)
 
 
 def cache_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100-SXM4 / 80GB")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bench.capturing)
     monkeypatch.setattr(triton.testing, "do_bench_cudagraph", bench.time)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: bench)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     return bench
 
 
@@ -161,7 +164,7 @@ def test_progress_is_reported_and_the_sink_restored(bench: Bench) -> None:
     seen: list[tuple[str, int, int]] = []
     with report_to(lambda *report: seen.append(report)):
         tuned().choose(DEVICE, (5, "a"), bench.run)
-    assert seen == [("tuning product for 5, a", done, 2) for done in (0, 1, 2)]
+    assert seen == [("tuning product for 5, a", done, 2) for done in (0, 0, 1, 2)]
     tuned("changed").choose(DEVICE, (5, "a"), bench.run)
     assert len(seen) == 3
 
