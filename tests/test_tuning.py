@@ -166,7 +166,7 @@ def test_progress_is_reported_and_the_sink_restored(bench: Bench) -> None:
         tuned().choose(DEVICE, (5, "a"), bench.run)
     assert seen == [("tuning product for 5, a", done, 2) for done in (0, 0, 1, 2)]
     tuned("changed").choose(DEVICE, (5, "a"), bench.run)
-    assert len(seen) == 3
+    assert len(seen) == 4
 
 
 def test_launch_options() -> None:
