@@ -73,7 +73,7 @@ def test_a_normalised_convolution_has_its_bias_or_the_shift(device: str, shifted
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("summed", [False, True])
 def test_a_convolution_has_its_bias_and_residual(
-    kernel_device: torch.device, layout: torch.memory_format, size: int, summed: bool
+    kernel_device: torch.device, untuned: None, layout: torch.memory_format, size: int, summed: bool
 ) -> None:
     torch.manual_seed(0)
     theirs = nn.Conv2d(3, 8, size, padding=size // 2).to(kernel_device, memory_format=layout)  # type: ignore[call-overload]
