@@ -168,7 +168,7 @@ def apply(
 
         use_fp8(unet)
     if used.unet in ("graph", "compiled"):
-        unet = GraphedUNet(unet, compiled if used.unet == "compiled" else None)
+        unet = GraphedUNet(unet, compiled(unet.forward) if used.unet == "compiled" else None)
     if used.vae == "compiled":
         codec = CompiledCodec(codec)
     if (unet, codec) == (model.unet, model.vae):
@@ -200,14 +200,21 @@ def _check(
 class GraphedUNet(MultiViewUNet):
     """The very layers of another UNet, whose calls replay CUDA graphs where they can (:class:`~.graphed.Replays`).
 
-    What is replayed is the network's ``forward``, or what ``change`` makes of it.
+    What is replayed is the other's ``forward``, or ``compute`` in its place.
     """
 
-    def __init__(
-        self, unet: MultiViewUNet, change: Callable[..., Callable[..., Tensor]] | None = None
-    ) -> None:
+    def __init__(self, unet: MultiViewUNet, compute: Callable[..., Tensor] | None = None) -> None:
         _share(self, unet)
-        self._replays = Replays(super().forward if change is None else change(super().forward))
+        self._replays = Replays(unet.forward if compute is None else compute)
+
+    @property
+    def image_scale(self) -> float:
+        """That of the other, which computes with it."""
+        return _plain(self).image_scale
+
+    @image_scale.setter
+    def image_scale(self, scale: float) -> None:
+        _plain(self).image_scale = scale
 
     def use_attention_backend(self, backend: AttentionBackend) -> None:
         """As :meth:`MultiViewUNet.use_attention_backend`; drops the graphs."""

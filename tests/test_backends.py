@@ -129,7 +129,7 @@ def with_stand_ins(model: MultiViewModel, codec: bool = False) -> MultiViewModel
         pass
 
     def changed(network: Any, kind: type) -> Any:
-        planned = object.__new__(kind)
+        planned: Any = object.__new__(kind)
         module._share(planned, network)
         return planned
 
