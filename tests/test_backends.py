@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from imagedream_rt import ImageTo3D
 from imagedream_rt.engine import backends as module
-from imagedream_rt.engine import graphed
+from imagedream_rt.engine import fp8, graphed
 from imagedream_rt.engine.backends import (
     OWN,
     Backends,
@@ -313,6 +314,28 @@ def test_compiled_networks(own_environment: Path, monkeypatch: pytest.MonkeyPatc
     assert os.environ["TRITON_CACHE_DIR"] == str(_tuning.compiled_folder())
 
 
+def test_the_codec_is_traced_as_a_whole(own_environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoder, and encoder with the gradient by its pictures; the network itself is traced in its own tests."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compile(function, backend="eager", fullgraph=True)
+    )
+    codec = tiny("pixel").vae
+    traced = CompiledCodec(codec)
+    latents, images = torch.randn(1, 4, 2, 2), torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.inference_mode():
+        assert torch.equal(traced.decode(latents), codec.decode(latents))
+    results = []
+    for one in (traced, codec):
+        given = images.clone().requires_grad_()
+        encoded = one.encode(given, latents)
+        encoded.square().sum().backward()
+        results.append((encoded, given.grad))
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)  # type: ignore[arg-type]
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_compiled_files_are_found_again(own_environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes' worth: what the first one built is in our folder, and the second builds nothing."""
@@ -347,6 +370,21 @@ def test_a_folder_that_cannot_be_made_stops_nobody(own_environment: Path) -> Non
     own_environment.write_text("a file in its place")
     module.use_cache_folder()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_fp8_changes_the_network_that_is_then_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("random:tiny", device="cpu", controller="pixel")
+    monkeypatch.setattr(
+        module, "survey", lambda device: {**survey(CPU), "precision": {"native": None, "fp8": None}}
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(fp8, "use_fp8", partial(fp8.use_fp8, emulate=True))
+    pipe = ImageTo3D(model, backends=Backends(unet="compiled", precision="fp8"))
+    assert pipe.used.precision == "fp8"
+    for unet in (model.unet, pipe.model.unet):
+        assert any(isinstance(layer, fp8.Fp8Linear) for layer in unet.modules())
+    given = small_inputs(model.unet)
+    assert torch.equal(pipe.model.unet(**given), model.unet(**given))
 
 
 class Moved(nn.Module):
@@ -440,6 +478,20 @@ def test_compiled_views_are_near_eager_ones(untuned: None, own_environment: Path
     found = sample_views(pipe.model, conditioner(model), **settings)
     assert (found - wanted).norm() / wanted.norm() < 2e-2
     assert pipe.views(object_picture(), steps=1).images.shape == (4, 64, 64, 3)
+
+
+@gpu
+def test_views_in_fp8_are_near_native_ones(untuned: None) -> None:
+    if reason := survey(CUDA)["precision"]["fp8"]:
+        pytest.skip(reason)
+    model = load_model("random:tiny", device="cuda", controller="pixel")
+    settings: dict[str, Any] = {"seed": 1, "steps": 3, "guidance_scale": 1.0}
+    wanted = sample_views(model, conditioner(model), **settings)
+    changed = ImageTo3D(model, backends=Backends(precision="fp8")).model
+    found = [sample_views(changed, conditioner(changed), **settings) for _ in range(2)]
+    assert torch.equal(*found)
+    error = (found[0] - wanted).norm() / wanted.norm()
+    assert 1e-4 < error < 0.2
 
 
 @gpu
