@@ -116,7 +116,8 @@ class Fusion:
             self.state.load_tensors(tensors)
             self.phase, self.done = header["phase"], header["done"]
             if self.phase == WARM:
-                self.warm = WarmStartFit(self.state, tensors["views"].to(self.device))
+                views = tensors["views"].to(self.device)
+                self.warm = WarmStartFit(self.state, views, captured=self._captures_fit())
         except (KeyError, RuntimeError) as error:
             raise InputError(f"{path} lacks what a checkpoint of this version holds: {error}") from error
         self._saved = f"{path} (step {self.done} of {self.phase})"
@@ -150,7 +151,11 @@ class Fusion:
             cancel = hooks.cancel or (lambda: False)
             try:
                 self.warm = WarmStartFit.begin(
-                    self.state, self.views, hooks.on_progress, lambda: interrupted() or cancel()
+                    self.state,
+                    self.views,
+                    hooks.on_progress,
+                    lambda: interrupted() or cancel(),
+                    captured=self._captures_fit(),
                 )
             except Cancelled:
                 if interrupted():
@@ -216,6 +221,10 @@ class Fusion:
 
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self._saved}" if self._saved else "no checkpoint was written"
+
+    def _captures_fit(self) -> bool:
+        """Whether the steps of the fit are to be captured: they need no teacher."""
+        return self.backends.loop != "eager" and loop_obstacle(self.backends, self.device) is None
 
     def _captures(self) -> bool:
         """Whether the steps are to be captured. Raises :class:`InputError` if they must be and cannot."""

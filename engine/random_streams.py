@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-HOST = ("cameras", "timesteps", "shading", "background", "rays")
+HOST = ("cameras", "timesteps", "shading", "background")
 """Small draws that decide shapes or settings: always on the CPU, so that reading them never waits for the
 device."""
-DEVICE = ("noise", "vae", "jitter", "occupancy")
+DEVICE = ("noise", "vae", "jitter", "occupancy", "rays")
 
 
 def stream_seed(seed: int, name: str) -> int:

@@ -8,28 +8,43 @@ them.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import binary_propagation
 from torch import Tensor
 
+from ..kernels.ray_march import lattice_points
 from .cameras import Cameras, official_views, orbit_cameras
 from .conditioning import Conditioner
 from .config import FusionConfig, WarmStart
 from .field_state import FieldState
+from .graphed import GraphedStep
 from .losses import sparsity_loss
 from .model import VIEWS, Cancel, MultiViewModel, Progress
-from .nerf.render import render_rays
+from .nerf.render import Capacity, render_rays
+from .picture import PreparedPicture
 from .sampler import decode_views, sample_views
 
-GREY = 0.5
-"""Behind the diffused views: the grey in the middle leaves dark and light objects equally visible."""
-MASK_FROM, MASK_TO = 0.04, 0.16
-"""Largest channel difference from the background at which a pixel begins to count, and fully counts, as
-object."""
+GREYS = (0.5, 0.25, 0.75, 0.0, 1.0)
+"""What may be behind the diffused views, from the middle outwards: the middle leaves most objects visible."""
+CLEAR = 0.25
+"""Largest channel difference between object and background with which silhouettes are safe."""
+MASK_FROM, MASK_TO = 0.2, 0.7
+"""Shares of the object's own difference at which a pixel begins to count, and fully counts, as object."""
+VISIBLE = 0.04
+"""A difference beyond the noise of a diffused background."""
+EDGE_PX = 2
+LEAST_CONTRAST, MOST_CONTRAST = 0.1, 0.6
+KEPT_OF_A_RAY = 160
+"""Samples worth a gradient that there is room for in a captured fit, as a mean over the rays: more than the initial
+blob has, several times those of a finished object."""
+MOST_CANDIDATES = 2**25
 LAMBDA_MASK = 0.5
 LAMBDA_SPARSITY = 0.05
 LR_GRID, LR_NETWORKS = 0.02, 0.005
@@ -85,6 +100,22 @@ def view_cameras(config: FusionConfig, view_sets: list[ViewSet]) -> Cameras:
     return orbit_cameras(azimuth, elevation, fovy_deg, distance)
 
 
+def clearest_grey(picture: PreparedPicture | None) -> float:
+    """The first of :data:`GREYS` from which nearly all of the object differs clearly, else the one it differs most
+    from.
+
+    A grey object before the same grey has no silhouette, and nothing tells the fit where it ends.
+    """
+    if picture is None:
+        return GREYS[0]
+    colours = picture.rgba[picture.rgba[..., 3] > 127, :3].astype(np.float32) / 255
+    if not len(colours):
+        return GREYS[0]
+    differences = {grey: float(np.quantile(np.abs(colours - grey).max(1), 0.05)) for grey in GREYS}
+    clear = [grey for grey, difference in differences.items() if difference >= CLEAR]
+    return clear[0] if clear else max(GREYS, key=differences.__getitem__)
+
+
 class DiffusedViews:
     """The diffusion model as a :data:`ViewSource`; every set starts from the same noise, which keeps sets
     alike."""
@@ -98,6 +129,7 @@ class DiffusedViews:
         self.steps = config.warm_start.ddim_steps
         self.guidance_scale = config.guidance_scale
         self.seed = seed
+        self.grey = clearest_grey(conditioner.picture)
 
     def __call__(self, views: ViewSet, on_progress: Progress | None, cancel: Cancel | None) -> Tensor:
         latents = sample_views(
@@ -107,7 +139,7 @@ class DiffusedViews:
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
-            grey=GREY,
+            grey=self.grey,
             on_progress=on_progress,
             cancel=cancel,
         )
@@ -127,12 +159,19 @@ class Silhouettes:
     1."""
 
 
-def silhouettes(pictures: Tensor) -> Silhouettes:
-    """Soft masks from the difference to the background. ``pictures``: [V, H, W, 3] float in [0, 1]."""
+def silhouettes(pictures: Tensor, contrast: float | None = None) -> Silhouettes:
+    """Soft masks from the difference to the background. ``pictures``: [V, H, W, 3] float in [0, 1].
+
+    ``contrast``: the least largest channel difference between object and background; by default what the
+    inside of the objects shows.
+    """
     border = torch.cat([pictures[:, 0], pictures[:, -1], pictures[:, 1:-1, 0], pictures[:, 1:-1, -1]], dim=1)
     background = border.median(dim=1).values
     difference = (pictures - background[:, None, None]).abs().amax(-1)
-    coverage = ((difference - MASK_FROM) / (MASK_TO - MASK_FROM)).clamp(0, 1)
+    if contrast is None:
+        contrast = _contrast(difference)
+    begin, full = MASK_FROM * contrast, MASK_TO * contrast
+    coverage = ((difference - begin) / (full - begin)).clamp(0, 1)
     certainty = torch.ones_like(coverage)
     for view, even in enumerate((coverage < 0.5).cpu().numpy()):
         edge = torch.zeros(even.shape, dtype=torch.bool)
@@ -143,13 +182,25 @@ def silhouettes(pictures: Tensor) -> Silhouettes:
     return Silhouettes(background, coverage, certainty)
 
 
+def _contrast(difference: Tensor) -> float:
+    """What all but a twentieth of the objects' insides [V, H, W] differ by at least; edges, which are blurred, do not
+    count."""
+    seen = (difference > VISIBLE).float()[:, None]
+    inside = -F.max_pool2d(-seen, 2 * EDGE_PX + 1, stride=1, padding=EDGE_PX)[:, 0] > 0.5
+    if not bool(inside.any()):
+        return LEAST_CONTRAST
+    least = float(np.quantile(difference[inside].cpu().numpy(), 0.05))
+    return min(max(least, LEAST_CONTRAST), MOST_CONTRAST)
+
+
 class WarmStartFit:
     """Fits a state's field to pictures uint8 [4 * view_sets, S, S, 3] on the state's device.
 
-    Takes over the state's learning rates; restart its optimiser afterwards.
+    Takes over the state's learning rates; restart its optimiser afterwards. ``captured`` replays a step as one
+    CUDA graph, in buffers for as many samples as the rays may have; off CUDA it runs uncaptured, for tests.
     """
 
-    def __init__(self, state: FieldState, pictures: Tensor) -> None:
+    def __init__(self, state: FieldState, pictures: Tensor, *, captured: bool = False) -> None:
         assert state.config.warm_start is not None
         state.set_learning_rates(grid=LR_GRID, networks=LR_NETWORKS)
         self.state = state
@@ -165,10 +216,20 @@ class WarmStartFit:
         self._background = seen.background
         self._coverage, self._certainty = seen.coverage.reshape(-1), seen.certainty.reshape(-1)
         self._pixels = pictures.shape[1] * pictures.shape[2]
+        self._capacity: Capacity | None = None
+        self._replay: Callable[[], None] = self._step
+        if captured:
+            self._capture()
 
     @classmethod
     def begin(
-        cls, state: FieldState, source: ViewSource, on_progress: Progress | None, cancel: Cancel | None
+        cls,
+        state: FieldState,
+        source: ViewSource,
+        on_progress: Progress | None,
+        cancel: Cancel | None,
+        *,
+        captured: bool = False,
     ) -> WarmStartFit:
         """Ask ``source`` for all view sets of the configuration; their steps and the fit's are one bar."""
         plan, settings = plan_views(state.config), state.config.warm_start
@@ -183,14 +244,48 @@ class WarmStartFit:
             )
 
         pictures = [source(views, report(views), cancel) for views in plan]
-        return cls(state, torch.cat(pictures).to(state.device))
+        return cls(state, torch.cat(pictures).to(state.device), captured=captured)
+
+    def _capture(self) -> None:
+        state, render, rays = self.state, self.state.config.render, self.settings.rays
+        self._capacity = Capacity(
+            min(rays * lattice_points(render.step_size), MOST_CANDIDATES),
+            min(rays * KEPT_OF_A_RAY, render.max_samples),
+        )
+        self._most_kept = torch.zeros((), dtype=torch.int32, device=state.device)
+        streams = [state.streams[name] for name in ("rays", "jitter")]
+        self._replay = GraphedStep(self._step, state.device, streams, warmup=2)
+        self._refresh = {
+            all_cells: GraphedStep(
+                partial(
+                    state.occupancy.refresh,
+                    state.field.density,
+                    state.streams["occupancy"],
+                    all_cells=all_cells,
+                ),
+                state.device,
+                [state.streams["occupancy"]],
+            )
+            for all_cells in (True, False)
+        }
 
     def advance(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One AdamW step on random rays of all pictures."""
+        """One AdamW step on random rays of all pictures; a captured one's results last until the next."""
+        state, render = self.state, self.state.config.render
+        if self._capacity is None:
+            state.occupancy.update(step, state.field.density, state.streams["occupancy"])
+        elif step % render.occupancy_every == 0:
+            self._refresh[step < render.occupancy_warmup_steps]()
+        self._replay()
+        if step == self.steps - 1:
+            self._warn_if_cut()
+        return self._result
+
+    def _step(self) -> None:
         state = self.state
-        state.occupancy.update(step, state.field.density, state.streams["occupancy"])
-        chosen = torch.randint(len(self._rgb), (self.settings.rays,), generator=state.streams["rays"]).to(
-            state.device
+        streams = state.streams
+        chosen = torch.randint(
+            len(self._rgb), (self.settings.rays,), generator=streams["rays"], device=state.device
         )
         out = render_rays(
             state.field,
@@ -199,10 +294,13 @@ class WarmStartFit:
             self._origins[chosen],
             self._directions[chosen],
             background_colour=self._background[chosen // self._pixels],
-            jitter=state.streams["jitter"],
+            jitter=streams["jitter"],
             config=state.config.render,
             volume=state.volume,
+            capacity=self._capacity,
         )
+        if out.samples.found is not None:
+            self._most_kept.copy_(torch.maximum(self._most_kept, out.samples.found[1]))
         mask_error = (out.opacity[:, 0] - self._coverage[chosen]).square()
         values = {
             "rgb": F.smooth_l1_loss(out.rgb, self._rgb[chosen], beta=0.1),
@@ -211,4 +309,13 @@ class WarmStartFit:
         }
         values["loss"] = values["rgb"] + LAMBDA_MASK * values["mask"] + LAMBDA_SPARSITY * values["sparsity"]
         state.minimise(values["loss"])
-        return out.opacity, values
+        self._result = out.opacity.detach(), {name: value.detach() for name, value in values.items()}
+
+    def _warn_if_cut(self) -> None:
+        """Say so if a step had more samples than its buffers. Waits for the device."""
+        if self._capacity is not None and (most := int(self._most_kept)) > self._capacity.kept:
+            warnings.warn(
+                f"a step of fitting had {most} samples worth a gradient and buffers for {self._capacity.kept}: its"
+                " farthest ones were left out",
+                stacklevel=2,
+            )

@@ -120,6 +120,7 @@ def test_diffused_views_are_the_sampler_s(model, guidance):
         steps=config.warm_start.ddim_steps,
         guidance_scale=1.5,
         seed=4,
+        grey=source.grey,
     )
     assert np.array_equal(pictures.numpy(), decode_views(model, latents))
     assert pictures.shape == (4, 64, 64, 3)

@@ -38,6 +38,8 @@ FOVY_DEG = 47.5
 UNSEEN_VIEWS = 16
 SURFACE_POINTS = 4000
 PICTURE_PX = 128
+MASK_CONTRAST = 2 / 9
+"""Masks of the diffused views begin at a fixed difference of 0.1 from the background: no figure follows the fit."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _truth(objects: Objects, cameras: Cameras) -> Tensor:
 
 def _view_masks(views: Tensor) -> Tensor:
     """What is not background in pictures over even grey, with enclosed areas of the background's colour."""
-    seen = silhouettes(views)
+    seen = silhouettes(views, contrast=MASK_CONTRAST)
     return (seen.coverage > 0.5) | (seen.certainty == 0)
 
 
