@@ -332,7 +332,7 @@ def test_the_codec_is_traced_as_a_whole(own_environment: Path, monkeypatch: pyte
         encoded.square().sum().backward()
         results.append((encoded, given.grad))
     for found, wanted in zip(*results, strict=True):
-        assert torch.equal(found, wanted)  # type: ignore[arg-type]
+        assert torch.equal(found, wanted)
     torch._dynamo.reset()
 
 
