@@ -79,7 +79,7 @@ def test_it_needs_a_gpu(run: CommandLine, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
-def test_replayed_views_are_the_eager_ones_on_the_gpu() -> None:
+def test_replayed_views_are_the_eager_ones_on_the_gpu(untuned: None) -> None:
     report = views.run("random:tiny", steps=3, repeats=2)
     assert [row.unet for row in report.rows] == ["eager", "graph"]
     assert np.array([row.difference for row in report.rows]).tolist() == [0.0, 0.0]
