@@ -267,6 +267,7 @@ def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 app.add_typer(cli_bench.bench, name="bench")
 app.command()(cli_bench.warmup)
 cli_bench.bench.command("export")(cli_export.bench_export)
+cli_bench.bench.command("quality")(cli_training.bench_quality)
 app.command()(cli_export.export)
 app.command()(cli_export.refit)
 app.command()(cli_export.verify)

@@ -57,7 +57,7 @@ def kernels(
 @bench.command()
 def loop(
     model: opt.Model = "random:full",
-    preset: Annotated[str, typer.Option(help="draft, official or paper.")] = "official",
+    preset: Annotated[str, typer.Option(help="official, paper, fast, turbo or draft.")] = "official",
     steps: Annotated[int, typer.Option(min=8, help="Measured steps of each stage.")] = 48,
     reference: Annotated[
         bool,

@@ -84,10 +84,10 @@ def fusion_config(
     """The preset with what the options change; without ``pipe`` only a check of the options."""
     from .config import preset as preset_named
 
-    default = "official" if pipe is None else pipe.default_preset
+    default, family = ("official", "") if pipe is None else (pipe.default_preset, pipe.model.card.family)
     changes: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
     given = {name: value for name, value in changes.items() if value is not None}
-    return preset_named(preset or default).changed(**given)
+    return preset_named(preset or default, family=family).changed(**given)
 
 
 @contextmanager

@@ -55,7 +55,8 @@ Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="draft, official or paper. Default: draft for builtin:nano, else official.", show_default=False
+        help="official, paper, fast, turbo or draft. Default: draft for builtin:nano, else official.",
+        show_default=False,
     ),
 ]
 Steps = Annotated[

@@ -1,4 +1,4 @@
-"""The commands that make and measure the embedded model: ``train`` and ``evaluate``."""
+"""The commands that make and measure the embedded model: ``train``, ``evaluate``, and ``bench quality``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import typer
 
 from . import cli_options as opt
 from .cli_job import fusion_config, load_pipeline, work
+from .cli_output import print_files, print_json
 
 if TYPE_CHECKING:
+    from ..benchmarks.quality_report import QualityReport, Row
     from .training.evaluate import Score
 
 
@@ -95,3 +97,101 @@ def _line(score: Score) -> str:
         f"{score.caption:<18} views {score.views_psnr_db:5.2f} dB IoU {score.views_iou:.3f}   NeRF "
         f"{score.fused_psnr_db:5.2f} dB IoU {score.fused_iou:.3f}   Chamfer {score.chamfer:.4f}   {score.seconds:.0f} s"
     )
+
+
+def bench_quality(
+    presets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--preset", help="One that is measured; may be given several times.", show_default=False
+        ),
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A preset that the plain loop runs too; may be given several times.", show_default=False
+        ),
+    ] = None,
+    objects: Annotated[int, typer.Option(help="How many unseen objects.")] = 16,
+    skip: Annotated[int, typer.Option(help="Leave out that many first.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Fusions of each object.")] = 2,
+    workers: Annotated[int, typer.Option(help="Objects at a time, each in a process of its own.")] = 1,
+    model: opt.Model = "builtin:nano",
+    device: opt.Device = "auto",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for quality.json and quality.png; rows in it stay.")
+    ] = Path("out/quality"),
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Presets by quality and seconds on unseen objects; with --reference, the fast loop against the plain one."""
+    with work(debug):
+        from ..benchmarks.quality import draw, plan, run
+        from .config import preset as preset_named
+        from .files import check_writable_folder
+        from .open_model import open_model
+
+        check_writable_folder(output)
+        family = open_model(model, None).card.family
+        names = list(dict.fromkeys([*(presets or ()), *(reference or ())])) or ["draft"]
+        report = run(
+            output,
+            [preset_named(name, family=family) for name in names],
+            plan(names, reference or (), objects=objects, skip=skip, seeds=seeds),
+            model=model,
+            device=device,
+            workers=workers,
+            on_row=_say,
+        )
+        written = [output / "quality.json", *draw(report, output)]
+    if as_json:
+        print_json({"files": [str(path) for path in written], **report.to_dict()})
+        return
+    _print_quality(report)
+    contents = {".json": "every figure of every object, with device and versions", ".png": "the means"}
+    print_files({path: contents[path.suffix] for path in written})
+
+
+def _say(row: Row) -> None:
+    name = f"{row.preset:<10} {row.loop:<9} object {row.object:>3} seed {row.seed}"
+    if row.problem is not None:
+        print(f"{name}  {row.problem}", file=sys.stderr)
+        return
+    print(
+        f"{name}  {row.psnr_db:5.2f} dB  IoU {row.iou:.3f}  Chamfer {row.chamfer:.4f}  {row.fuse_s:.1f} s and"
+        f" {row.mesh_s:.1f} s for the mesh",
+        file=sys.stderr,
+    )
+
+
+def _print_quality(report: QualityReport) -> None:
+    from ..benchmarks.quality_report import summaries
+
+    columns = "{:<10} {:<9} {:>7} {:>5} {:>14} {:>15} {:>15} {:>7} {:>6}"
+    print(
+        columns.format("preset", "loop", "objects", "seeds", "PSNR dB", "IoU", "Chamfer", "fuse s", "mesh s")
+    )
+    for one in summaries(report.rows):
+        spread = (
+            f"{one.psnr_db:.2f} ± {one.psnr_std:.2f}",
+            f"{one.iou:.3f} ± {one.iou_std:.3f}",
+            f"{one.chamfer:.4f} ± {one.chamfer_std:.4f}",
+        )
+        times = f"{one.fuse_s:.1f}", f"{one.mesh_s:.1f}"
+        print(columns.format(one.preset, one.loop, one.objects, one.seeds, *spread, *times))
+        if one.failed:
+            print(f"  {one.failed} fusions failed")
+    for preset, figures in report.agreements().items():
+        for found in figures:
+            verdict = "within" if found.within else "BEYOND"
+            print(
+                f"{preset}, ours - reference, {found.figure}: {found.difference:+.4f}, {verdict} the"
+                f" ±{found.bound:.4f} that seeds explain ({found.objects} objects, {found.seeds} seeds, spread"
+                f" {found.spread:.4f})"
+            )
+    for gained in report.gains():
+        error = "" if gained.error is None else f" ± {gained.error:.4f}"
+        print(
+            f"{gained.preset} - {gained.against}, {gained.figure}: {gained.difference:+.4f}{error} on"
+            f" {gained.objects} objects"
+        )

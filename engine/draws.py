@@ -59,9 +59,11 @@ def draw_shading(config: FusionConfig, step: int, streams: RandomStreams) -> Sha
 
 
 def draw_background(config: FusionConfig, streams: RandomStreams) -> Tensor | None:
-    """One random RGB [3] on the CPU for the whole step with probability ``random_background``, else None."""
+    """One random colour [3] on the CPU for the whole step with probability ``random_background``, else None."""
     chosen = streams.uniform("background") < config.random_background
     colour = torch.rand(3, generator=streams["background"])
+    if config.background_colours == "grey":
+        colour = colour[:1].expand(3)
     return colour if chosen else None
 
 

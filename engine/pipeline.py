@@ -187,7 +187,8 @@ class ImageTo3D:
         )
 
     def _config(self, preset: str | FusionConfig | None) -> FusionConfig:
-        return preset_named(self.default_preset if preset is None else preset)
+        name = self.default_preset if preset is None else preset
+        return preset_named(name, family=self.model.card.family)
 
     def _begin(
         self,

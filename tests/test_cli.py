@@ -21,7 +21,18 @@ from imagedream_rt import __version__
 from imagedream_rt.engine import _optional, cli, cli_output
 from imagedream_rt.engine.config import PRESETS
 
-COMMANDS = ("generate", "views", "fuse", "mesh", "info", "doctor", "warmup", "bench kernels", "bench loop")
+COMMANDS = (
+    "generate",
+    "views",
+    "fuse",
+    "mesh",
+    "info",
+    "doctor",
+    "warmup",
+    "bench kernels",
+    "bench loop",
+    "bench quality",
+)
 QUICK = (*TINY, "--preset", "seconds")
 SMALL_MESH = ("--faces", 500, "--texture-px", 64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_background_is_random_half_of_the_time():
     colours = [colour for colour in drawn if colour is not None]
     assert len(colours) / 2000 == pytest.approx(0.5, abs=0.05)
     torch.testing.assert_close(torch.stack(colours).mean(0), torch.full((3,), 0.5), atol=0.03, rtol=0)
+
+
+def test_grey_backgrounds_take_the_draws_of_coloured_ones():
+    config = replace(OFFICIAL, background_colours="grey")
+    streams, others = RandomStreams(0, CPU), RandomStreams(0, CPU)
+    for _ in range(20):
+        grey, colour = draw_background(config, streams), draw_background(OFFICIAL, others)
+        assert (grey is None) == (colour is None)
+        if grey is not None and colour is not None:
+            assert grey.tolist() == [colour[0].item()] * 3
 
 
 @pytest.mark.parametrize("step", [0, 7000, 12_000])

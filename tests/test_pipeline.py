@@ -16,6 +16,8 @@ from command_line import SECONDS, object_picture
 from imagedream_rt import Asset, ImageTo3D, InputError
 from imagedream_rt.engine import pipeline
 from imagedream_rt.engine.cameras import orbit_cameras
+from imagedream_rt.engine.cli_job import fusion_config
+from imagedream_rt.engine.config import DRAFT, OFFICIAL, PRESETS
 from imagedream_rt.engine.errors import Cancelled
 from imagedream_rt.engine.model import Controller
 from imagedream_rt.engine.picture import PreparedPicture, prepare
@@ -99,6 +101,20 @@ def test_embedded_family_has_its_own_recipe(monkeypatch: pytest.MonkeyPatch) -> 
     seen = prompts(monkeypatch)
     small.views(object_picture(), "a ball", steps=1)
     assert seen == [("a ball", "")]
+
+
+def test_presets_for_every_model_follow_the_embedded_one() -> None:
+    model = tiny("pixel")
+    small = ImageTo3D(replace(model, card=replace(model.card, family="nano")))
+    for name in ("fast", "turbo"):
+        config = small._config(name)
+        assert (config.guidance_scale, config.camera) == (DRAFT.guidance_scale, DRAFT.camera)
+        assert replace(config, guidance_scale=5.0, camera=OFFICIAL.camera) == PRESETS[name]
+        assert ImageTo3D(model)._config(name) == PRESETS[name]
+    assert small._config("official") == OFFICIAL
+    changed = PRESETS["turbo"].changed(steps=3)
+    assert small._config(changed) == changed
+    assert fusion_config(small, "turbo", 7, None) == small._config("turbo").changed(steps=7)
 
 
 def test_generate(pipe: ImageTo3D, tmp_path: Path) -> None:
