@@ -128,10 +128,11 @@ def run(
         bank = GreyBank(guidance.conditioner)
         torch.cuda.synchronize()
         prepare_s = time.perf_counter() - start
-        for stage, count in _stages(config):
-            rows.append(_captured_row(config, stage, count, guidance, bank, steps))
-            if on_row:
-                on_row(rows[-1])
+        with loaded.encoders_parked(vision=True):
+            for stage, count in _stages(config):
+                rows.append(_captured_row(config, stage, count, guidance, bank, steps))
+                if on_row:
+                    on_row(rows[-1])
         del bank, guidance, loaded
         torch.cuda.empty_cache()
         for rung in LADDER if reference else ():
