@@ -104,6 +104,9 @@ class Tuned:
             _report(what, number, len(candidates))
             with _unless_too_large():
                 run(candidate)
+                # The clock runs on a stream of its own. What is queued on this one may still read memory that was
+                # free, in its order, to be given to the kernel's results.
+                torch.cuda.synchronize(device)
                 times[candidate] = triton.testing.do_bench_cudagraph(
                     lambda candidate=candidate: run(candidate), rep=5, return_mode="median"
                 )

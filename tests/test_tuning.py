@@ -29,13 +29,20 @@ class Bench:
         self.launched: list[Launch] = []
         self.measured: list[Launch] = []
         self.capturing = False
+        self.pending = False
 
     def run(self, launch: Launch) -> None:
         if launch == BROKEN:
             raise triton.runtime.errors.OutOfResources(300_000, 200_000, "shared memory")
         self.launched.append(launch)
+        self.pending = True
+
+    def finish(self, device: torch.device) -> None:
+        assert device == DEVICE
+        self.pending = False
 
     def time(self, run: Callable[[], None], **_: Any) -> float:
+        assert not self.pending
         run()
         self.measured.append(self.launched[-1])
         return TIMES[self.launched[-1]]
@@ -51,6 +58,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     monkeypatch.setattr(triton.testing, "do_bench_cudagraph", bench.time)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: bench)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", bench.finish)
     return bench
 
 
@@ -174,3 +182,25 @@ def test_launch_options() -> None:
     assert launch.options == {"BLOCK": 32, "ROWS": 2, "num_warps": 8, "num_stages": 3}
     assert launch["ROWS"] == 2
     assert str(launch) == "BLOCK=32 ROWS=2 warps=8 stages=3"
+
+
+@pytest.mark.gpu
+def test_measuring_leaves_alone_what_is_queued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Memory that was freed, but is still to be read by what was queued before, may be the results' memory."""
+    monkeypatch.setenv("IMAGEDREAM_RT_CACHE", str(tmp_path))
+    numbers = torch.ones(2**20, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2**28)
+    copied = numbers.clone()
+    place = numbers.data_ptr()
+    del numbers
+    results = torch.empty(2**20, device="cuda")
+    assert results.data_ptr() == place
+    Tuned("zeros", SimpleNamespace(cache_key="zeros"), lambda *key: (SLOW, FAST)).choose(
+        results.device, (1,), lambda launch: _zero(results)
+    )
+    assert bool((copied == 1).all())
+
+
+def _zero(tensor: torch.Tensor) -> None:
+    tensor.zero_()
