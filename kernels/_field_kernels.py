@@ -24,7 +24,11 @@ from ._field_network import (
     transposed,
 )
 from ._grid_lookup import corner_row, exists
-from ._triton import jit, tl
+from ._triton import constant, jit, tl
+
+UNITS = 2.0**44
+"""Of a gradient that is summed in whole numbers: they span +-2^19 in steps of 2^-44."""
+_UNITS = constant(UNITS)
 
 
 @jit
@@ -193,10 +197,18 @@ def _shares(
 
 
 @jit
-def _add(p_grad_table, cell, level, m, shares):
+def _add_to(p, value, m, WHOLE: tl.constexpr):
+    """Programs add in any order: to floats, which round on the way, or to whole numbers, which do not."""
+    if WHOLE:
+        value = (value * _UNITS).to(tl.int64)
+    tl.atomic_add(p, value, mask=m, sem="relaxed")
+
+
+@jit
+def _add(p_grad_table, cell, level, m, shares, WHOLE: tl.constexpr):
     for edge in tl.static_range(4):
         p_rows = p_grad_table + rows_of(corner_row(cell, level, 0, edge & 1, edge >> 1))
-        tl.atomic_add(p_rows, shares[edge], mask=tl.expand_dims(m, -1), sem="relaxed")
+        _add_to(p_rows, shares[edge], tl.expand_dims(m, -1), WHOLE)
 
 
 @jit
@@ -224,6 +236,7 @@ def _scatter(
     GROUPS: tl.constexpr,
     RUN: tl.constexpr,
     LEVELS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Add both orders to the table's gradient.
 
@@ -238,10 +251,10 @@ def _scatter(
         m_next = (o_run + j < n)[None, :, None] & exists(level)
         cell_next, shares_next = _shares(upstream, o_run, n, g, s, j, level, GROUPS, RUN, LEVELS)
         same = m_next & (cell[0] == cell_next[0]) & (cell[1] == cell_next[1]) & (cell[2] == cell_next[2])
-        _add(p_grad_table, cell, level, m & ~same, shares)
+        _add(p_grad_table, cell, level, m & ~same, shares, WHOLE)
         shares = _sum_where(same, shares, shares_next)
         cell, m = cell_next, m_next
-    _add(p_grad_table, cell, level, m, shares)
+    _add(p_grad_table, cell, level, m, shares, WHOLE)
 
 
 @jit(do_not_specialize=("n",))
@@ -273,8 +286,12 @@ def backward_kernel(
     HIDDEN: tl.constexpr,
     GROUPS: tl.constexpr,
     RUN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """p_grad_sigma, p_grad_albedo, p_grad_normal: None for outputs that the loss does not use."""
+    """p_grad_sigma, p_grad_albedo, p_grad_normal: None for outputs that the loss does not use.
+
+    With WHOLE the gradients by the parameters are int64, in UNITS.
+    """
     BLOCK: tl.constexpr = GROUPS * RUN
     WIDTH: tl.constexpr = 2 * LEVELS
     level = load_field_levels(p_levels, LEVELS)
@@ -340,19 +357,18 @@ def backward_kernel(
             GROUPS,
             RUN,
             LEVELS,
+            WHOLE,
         )
         block += 1
 
     o_hidden, o_feature = tl.arange(0, HIDDEN)[:, None], tl.arange(0, WIDTH)[None, :]
     m = (o_hidden < H) & (o_feature < WIDTH_IN)
     outer = load_outer(p_outer, 0, H, HIDDEN)[:, None]
-    tl.atomic_add(p_grad_inner + o_hidden * WIDTH_IN + o_feature, both_orders * outer, mask=m, sem="relaxed")
+    _add_to(p_grad_inner + o_hidden * WIDTH_IN + o_feature, both_orders * outer, m, WHOLE)
     grad = tl.sum(both_orders * load_inner(p_inner, H, WIDTH_IN, HIDDEN, WIDTH), axis=1)
-    tl.atomic_add(p_grad_outer + tl.arange(0, HIDDEN), grad, mask=tl.arange(0, HIDDEN) < H, sem="relaxed")
+    _add_to(p_grad_outer + tl.arange(0, HIDDEN), grad, tl.arange(0, HIDDEN) < H, WHOLE)
     if p_grad_albedo is not None:
-        tl.atomic_add(
-            p_grad_colour_inner + o_hidden * WIDTH_IN + o_feature, grad_colour_inner, mask=m, sem="relaxed"
-        )
+        _add_to(p_grad_colour_inner + o_hidden * WIDTH_IN + o_feature, grad_colour_inner, m, WHOLE)
         channel = tl.arange(0, 16)[None, :]
         p_grad = p_grad_colour_outer + channel * H + o_hidden
-        tl.atomic_add(p_grad, grad_colour_outer, mask=(channel < 3) & (o_hidden < H), sem="relaxed")
+        _add_to(p_grad, grad_colour_outer, (channel < 3) & (o_hidden < H), WHOLE)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._field_kernels import backward_kernel, forward_kernel
+from ._field_kernels import UNITS, backward_kernel, forward_kernel
 from ._field_network import count_levels, field_levels
 from ._grid_lookup import GridLevel
 from ._tuning import Launch, Tuned
@@ -96,7 +96,10 @@ def launch_backward(
     upstream: Sequence[Tensor | None],
     settings: Settings,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients by the table and the four matrices; None for a colour without a gradient."""
+    """Gradients by the table and the four matrices; None for a colour without a gradient.
+
+    Under :func:`torch.use_deterministic_algorithms` they are summed in whole numbers, which takes no order.
+    """
     points, entries, *others = saved
     weights = others[:4]
     upstream = [None if grad is None else grad.contiguous() for grad in upstream]
@@ -104,10 +107,11 @@ def launch_backward(
     if upstream[1] is None:
         learnt[3:] = [None, None]
 
+    whole = torch.are_deterministic_algorithms_enabled()
+    dtype = torch.int64 if whole else torch.float32
+
     def zeros() -> list[Tensor | None]:
-        return [
-            None if tensor is None else torch.zeros_like(tensor, dtype=torch.float32) for tensor in learnt
-        ]
+        return [None if tensor is None else torch.zeros_like(tensor, dtype=dtype) for tensor in learnt]
 
     grads = zeros()
     if len(points):
@@ -117,10 +121,13 @@ def launch_backward(
             backward_kernel[_programs(points, launch["GROUPS"] * launch["RUN"])](
                 *(points, entries, parameters, *weights, *others[4:], *upstream, *targets, len(points)),
                 **constants,
+                WHOLE=whole,
                 **launch.options,
             )
 
         scratch = cache(zeros)
         key = _key(points, entries, upstream[2], constants)
         run(grads, BACKWARD.choose(points.device, key, lambda launch: run(scratch(), launch)))
+    if whole:
+        grads = [None if grad is None else (grad.double() / UNITS).float() for grad in grads]
     return tuple(grads)

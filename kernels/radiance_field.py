@@ -287,7 +287,8 @@ def radiance_field(
     device, only the first ``count`` points are evaluated: rows behind them are undefined and their gradients
     ignored, and the host never waits for it. The kernels need float32, two features and at most 128 hidden units;
     anything else is computed by plain PyTorch. Their gradients are summed in any order: the last bits differ
-    from run to run.
+    from run to run, but under :func:`torch.use_deterministic_algorithms`. Then they are summed in steps of 2^-44,
+    and must stay within +-2^19.
 
     Raises ``ValueError`` for shapes that do not fit, and if the points require a gradient.
 

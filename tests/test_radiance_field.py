@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,6 +189,37 @@ def test_neighbours_added_together(
     agree(got, wanted)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_sums_in_whole_numbers_equal_reference(kernel_device: torch.device) -> None:
+    x, weights = points(70, device=kernel_device), parameters(20, device=kernel_device)
+    got = with_gradients(field(x, weights, backend="triton"), weights)
+    torch.use_deterministic_algorithms(False)
+    agree(got, with_gradients(field(x, weights, backend="torch"), weights))
+
+
+def test_sums_in_whole_numbers_have_no_order(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    launch = Launch.of(GROUPS=16, RUN=1, warps=4, stages=1)
+    monkeypatch.setattr(_field_launch, "BACKWARD", SimpleNamespace(choose=lambda *_: launch))
+    x, weights = points(400, device=kernel_device), parameters(device=kernel_device)
+
+    def table_gradient(x: Tensor) -> Tensor:
+        values = field(x, weights, backend="triton")
+        return torch.autograd.grad(values.sigma.square().sum(), weights[0])[0]
+
+    assert not torch.equal(table_gradient(x), table_gradient(x.flip(0)))
+    request.getfixturevalue("deterministic")
+    assert torch.equal(table_gradient(x), table_gradient(x.flip(0)))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("count", [0, 37, 90], ids="count={}".format)
 def test_counted_points(backend: str, count: int, kernel_device: torch.device) -> None:
@@ -312,15 +343,17 @@ def test_forward_kernel_builds_ahead_of_time(arch: int, whole: bool) -> None:
     compile_ahead("_field_kernels", "forward_kernel", arguments, arch=arch, **given)
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
-def test_backward_kernel_builds_ahead_of_time(arch: int) -> None:
+@pytest.mark.parametrize(("arch", "whole"), [(80, False), (90, False), (90, True)])
+def test_backward_kernel_builds_ahead_of_time(arch: int, whole: bool) -> None:
     names = (*NAMES, "p_count", "p_sigma", "p_albedo", "p_normal", "p_inverse")
     grads = ("sigma", "albedo", "normal", "table", "inner", "outer", "colour_inner", "colour_outer")
     arguments = {**built((*names, *(f"p_grad_{name}" for name in grads)), "*fp32"), "n": "i32"}
+    if whole:
+        arguments |= dict.fromkeys([f"p_grad_{name}" for name in grads[3:]], "*i64")
     # The smallest, and the one that takes the most shared memory.
     first, *_, last = _field_launch._backward_candidates(*SIZES)
     given = built_for((first, last))
-    given["constants"] = [{**CONSTANTS, **constants} for constants in given["constants"]]
+    given["constants"] = [{**CONSTANTS, "WHOLE": whole, **constants} for constants in given["constants"]]
     compile_ahead("_field_kernels", "backward_kernel", arguments, arch=arch, **given)
 
 
@@ -342,6 +375,14 @@ def test_official_field_on_the_gpu(lookup: torch.dtype | None) -> None:
     plain = with_gradients(field(x, weights, OFFICIAL_LEVELS, backend="torch"), weights)
     for a, b, c in zip(got, plain, wanted, strict=True):
         assert relative_error(a.double(), c) <= 4 * relative_error(b.double(), c) + 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_the_official_field_s_gradients_repeat_exactly() -> None:
+    weights, x = parameters(64, OFFICIAL_LEVELS, device="cuda"), points(200_003, device="cuda")
+    one, other = (with_gradients(field(x, weights, OFFICIAL_LEVELS), weights) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.gpu
