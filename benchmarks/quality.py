@@ -147,8 +147,9 @@ def _rows(
     if device.startswith("cuda"):
         # Kernels are compiled and tuned by one process, before the others would do it all at once.
         warm = ImageTo3D.from_pretrained(model, device)
-        for name in dict.fromkeys(task.preset for task in tasks):
-            warm_up(warm, settings[name])
+        asked = [settings[name] for name in dict.fromkeys(task.preset for task in tasks)]
+        for config in {(one.field, one.render, one.stages): one for one in asked}.values():
+            warm_up(warm, config)
         del warm
         torch.cuda.empty_cache()
     threads = max(1, (os.cpu_count() or 1) // workers)
