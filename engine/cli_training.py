@@ -60,6 +60,7 @@ def evaluate(
     steps: opt.Steps = None,
     guidance_scale: opt.GuidanceScale = None,
     device: opt.Device = "auto",
+    backend: opt.Backend = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -71,7 +72,7 @@ def evaluate(
 
         if output is not None:
             check_writable_folder(output)
-        pipe = load_pipeline(model, None, device, None)
+        pipe = load_pipeline(model, None, device, None, backend)
         config = fusion_config(pipe, preset, steps, guidance_scale)
         scores = []
         for score in scores_of(pipe, objects, config, skip=skip, seed=seed, pictures=output):

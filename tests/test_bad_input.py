@@ -271,6 +271,7 @@ def test_mesh_of_what_is_no_nerf(run: CommandLine, tmp_path: Path, content: byte
         ("evaluate", ("--objects", 0), "objects"),
         ("evaluate", ("--preset", "grand"), "unknown preset 'grand'"),
         ("evaluate", ("--steps", 0), "steps is 0"),
+        ("evaluate", ("--backend", "precision=int4"), "unknown backend 'int4'"),
         ("evaluate", ("--model", "builtin:giant"), "builtin:nano"),
     ],
 )
