@@ -98,6 +98,7 @@ def generate(
     texture_px: opt.TexturePx = 1024,
     checkpoint: opt.Checkpoint = None,
     resume: opt.Resume = False,
+    deterministic: opt.Deterministic = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -118,6 +119,7 @@ def generate(
                 texture_px=texture_px,
                 checkpoint=state,
                 resume=resume,
+                deterministic=deterministic,
                 on_progress=on_progress,
             )
             written = asset.save_all(output, on_progress=on_progress)
@@ -183,6 +185,7 @@ def fuse(
     keep_background: opt.KeepBackground = False,
     checkpoint: opt.Checkpoint = None,
     resume: opt.Resume = False,
+    deterministic: opt.Deterministic = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -200,6 +203,7 @@ def fuse(
                 negative_prompt=negative_prompt,
                 checkpoint=state,
                 resume=resume,
+                deterministic=deterministic,
                 on_progress=on_progress,
             )
             written = fused.save_all(output)

@@ -81,5 +81,9 @@ Checkpoint = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="On a GPU too the same fusion to the last bit, a little slower."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the warnings of libraries.")]

@@ -52,7 +52,7 @@ class Fusion:
 
     ``views`` provides the pictures that a configuration with a warm start fits first. Raises
     :class:`InputError` if they are needed and missing, and ``MissingDependency`` for a backend that is not
-    installed.
+    installed. ``deterministic`` makes a GPU repeat a run bit by bit, as a CPU always does.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Fusion:
         device: torch.device | str = "cpu",
         views: ViewSource | None = None,
         backends: Backends = OWN,
+        deterministic: bool = False,
     ) -> None:
         if config.warm_start is not None and views is None:
             raise InputError(f"preset {config.name} starts from fitted views; it needs a source of views")
@@ -73,6 +74,7 @@ class Fusion:
         self.device = torch.device(device)
         self.views = views
         self.backends = backends
+        self.deterministic = deterministic
         self.state = FieldState(config, seed, self.device, backends)
         self.warm: WarmStartFit | None = None
         self.phase = FUSE if config.warm_start is None else WARM
@@ -97,7 +99,7 @@ class Fusion:
         """
         path = None if checkpoint_path is None else Path(checkpoint_path)
         hooks = Hooks(on_progress, cancel, path, on_metrics)
-        with deterministic(self.device), interrupt_between_steps() as interrupted:
+        with deterministic(self.device, self.deterministic), interrupt_between_steps() as interrupted:
             if self.phase == WARM:
                 self._fit_views(hooks, interrupted)
             with self._steps(hooks) as advance:

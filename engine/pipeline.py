@@ -142,6 +142,7 @@ class ImageTo3D:
         keep_background: bool = False,
         checkpoint: str | Path | None = None,
         resume: bool = False,
+        deterministic: bool = False,
         on_progress: Progress | None = None,
         cancel: Cancel | None = None,
     ) -> Fused:
@@ -149,12 +150,13 @@ class ImageTo3D:
 
         ``preset`` is a name of :data:`~.config.PRESETS`, a configuration, or None for :attr:`default_preset`.
         With ``checkpoint`` (a file's path) the state is saved regularly and on interrupt; ``resume``
-        continues from it with the same random streams. Raises :class:`FusionError` for a NaN or an empty
+        continues from it with the same random streams. ``deterministic`` makes a GPU repeat a fusion bit by bit,
+        as a CPU always does (``docs/determinism.md`` has its cost). Raises :class:`FusionError` for a NaN or an empty
         field.
         """
         config = self._config(preset)
         job = self._begin(image, prompt, negative_prompt, seed, keep_background, on_progress, cancel)
-        return self._fuse(job, config, checkpoint, resume)
+        return self._fuse(job, config, checkpoint, resume, deterministic)
 
     def generate(
         self,
@@ -170,6 +172,7 @@ class ImageTo3D:
         texture_px: int = 1024,
         checkpoint: str | Path | None = None,
         resume: bool = False,
+        deterministic: bool = False,
         on_progress: Progress | None = None,
         cancel: Cancel | None = None,
     ) -> Asset:
@@ -181,7 +184,7 @@ class ImageTo3D:
         check_mesh_settings(faces, texture_px)
         job = self._begin(image, prompt, negative_prompt, seed, keep_background, on_progress, cancel)
         views = self._views(job, view_steps, config.guidance_scale)
-        fused = self._fuse(job, config, checkpoint, resume)
+        fused = self._fuse(job, config, checkpoint, resume, deterministic)
         return make_asset(
             fused, views=views, faces=faces, texture_px=texture_px, on_progress=on_progress, cancel=cancel
         )
@@ -260,7 +263,14 @@ class ImageTo3D:
         prompt_seen = None if job.picture is None else composite(job.picture.rgba, (level, level, level))
         return Views(images, prompt_seen, job.record.metadata)
 
-    def _fuse(self, job: _Job, config: FusionConfig, checkpoint: str | Path | None, resume: bool) -> Fused:
+    def _fuse(
+        self,
+        job: _Job,
+        config: FusionConfig,
+        checkpoint: str | Path | None,
+        resume: bool,
+        deterministic: bool,
+    ) -> Fused:
         negative = job.negative_prompt
         if negative is None:
             negative = "" if self._small else NEGATIVE_PROMPT_FUSION
@@ -268,6 +278,7 @@ class ImageTo3D:
             **config_to_json(config),
             "negative_prompt": negative,
             "resumed": resume,
+            "deterministic": deterministic or self.model.device.type == "cpu",
         }
         with job.record.timed("fuse"):
             conditioner = Conditioner(self.model, job.picture, job.prompt, negative)
@@ -278,6 +289,7 @@ class ImageTo3D:
                 device=self.model.device,
                 views=DiffusedViews(self.model, conditioner, config, job.seed) if config.warm_start else None,
                 backends=self.backends,
+                deterministic=deterministic,
             )
             if resume:
                 if checkpoint is None:

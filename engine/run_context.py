@@ -1,8 +1,8 @@
-"""Contexts that a long loop runs in: bit-reproducible arithmetic on the CPU, and interrupts between steps
-only."""
+"""Contexts that a long loop runs in: bit-reproducible arithmetic, and interrupts between steps only."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,15 +14,17 @@ import torch
 
 
 @contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms while on the CPU, so that a run can be repeated bit by bit; restored
-    afterwards.
+def deterministic(device: torch.device, asked: bool = False) -> Iterator[None]:
+    """Deterministic algorithms, so that a run can be repeated bit by bit; restored afterwards.
 
-    On other devices nothing changes: their deterministic scatter-adds cost a multiple of the time.
+    Always on the CPU, where they cost little, elsewhere only if ``asked`` (``docs/determinism.md``).
     """
-    if device.type != "cpu":
+    if device.type != "cpu" and not asked:
         yield
         return
+    if device.type == "cuda":
+        # PyTorch wants it said before it multiplies matrices; it gives cuBLAS a fixed workspace either way.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic  # a module whose attributes its type does not show
