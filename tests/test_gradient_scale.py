@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from rounding import randn, relative_error
-from test_vae_kernels import TINY
 from torch import Tensor, nn
 
 from imagedream_rt.engine.gradient_scale import GREATEST, GradientScale
@@ -51,7 +50,14 @@ def test_no_gradient_stays_none() -> None:
 @pytest.fixture(scope="module")
 def single() -> LatentCodec:
     torch.manual_seed(0)
-    return LatentCodec.from_config({**TINY, "block_out_channels": [16, 32]}).requires_grad_(False)
+    config = {
+        "block_out_channels": [16, 32],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.5,
+    }
+    return LatentCodec.from_config(config).requires_grad_(False)
 
 
 def latents_and_gradient(codec: LatentCodec, size: float) -> tuple[Tensor, Tensor]:
