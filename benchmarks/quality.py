@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,8 @@ from torch import Tensor
 from ..engine.backends import Backends
 from ..engine.checkpoint import config_to_json
 from ..engine.conditioning import Conditioner
-from ..engine.config import FusionConfig
+from ..engine.config import EMBEDDED_CAMERA, EMBEDDED_GUIDANCE, OFFICIAL, FusionConfig
+from ..engine.config import preset as preset_named
 from ..engine.distill import MultiViewGuidance
 from ..engine.errors import FusionError, InputError
 from ..engine.files import replacing, write_json
@@ -44,6 +45,23 @@ from .harness import versions
 from .quality_report import Conditions, Loop, QualityReport, Row, Task, figure
 
 FILE = "quality"
+
+ADAPTED = replace(
+    OFFICIAL,
+    name="official-adapted",
+    camera=EMBEDDED_CAMERA,
+    guidance_scale=EMBEDDED_GUIDANCE,
+    random_background=1.0,
+    background_colours="grey",
+)
+"""The official schedule in the world of the embedded model: its cameras, its guidance, and the same colour behind
+object and prompt. As released, half of the steps show a random colour and put a grey behind the prompt, which that
+model never saw."""
+
+
+def configuration(name: str, family: str) -> FusionConfig:
+    """A preset for a model of that family, or :data:`ADAPTED`."""
+    return ADAPTED if name == ADAPTED.name else preset_named(name, family=family)
 
 
 def plan(

@@ -12,6 +12,9 @@ Loop = Literal["ours", "reference"]
 FIGURES = ("psnr_db", "iou", "chamfer")
 """Of a fused object: PSNR and silhouette IoU from 16 unseen cameras, Chamfer distance of its mesh."""
 
+BASELINES = ("official-adapted", "official")
+"""What other presets are compared with."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -134,11 +137,17 @@ class QualityReport:
         found = {preset: agreement(self.rows, preset) for preset in self._presets("reference")}
         return {preset: figures for preset, figures in found.items() if figures}
 
-    def gains(self, against: str = "official") -> list[Gain]:
-        """Every other preset against one, by our loop; none if that one has no rows."""
+    def gains(self) -> list[Gain]:
+        """Every other preset against each of :data:`BASELINES` that has rows, by our loop."""
         names = self._presets("ours")
-        others = [name for name in names if name != against] if against in names else []
-        return [one for name in others for one in gain(self.rows, name, against)]
+        return [
+            one
+            for against in BASELINES
+            if against in names
+            for name in names
+            if name not in BASELINES
+            for one in gain(self.rows, name, against)
+        ]
 
     def _presets(self, loop: Loop) -> list[str]:
         return list(dict.fromkeys(row.preset for row in self.rows if row.loop == loop))

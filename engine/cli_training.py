@@ -104,7 +104,7 @@ def bench_quality(
     presets: Annotated[
         list[str] | None,
         typer.Option(
-            "--preset", help="One that is measured; may be given several times.", show_default=False
+            "--preset", help="A preset, or official-adapted; may be given several times.", show_default=False
         ),
     ] = None,
     reference: Annotated[
@@ -127,8 +127,7 @@ def bench_quality(
 ) -> None:
     """Presets by quality and seconds on unseen objects; with --reference, the fast loop against the plain one."""
     with work(debug):
-        from ..benchmarks.quality import draw, plan, run
-        from .config import preset as preset_named
+        from ..benchmarks.quality import configuration, draw, plan, run
         from .files import check_writable_folder
         from .open_model import open_model
 
@@ -137,7 +136,7 @@ def bench_quality(
         names = list(dict.fromkeys([*(presets or ()), *(reference or ())])) or ["draft"]
         report = run(
             output,
-            [preset_named(name, family=family) for name in names],
+            [configuration(name, family) for name in names],
             plan(names, reference or (), objects=objects, skip=skip, seeds=seeds),
             model=model,
             device=device,

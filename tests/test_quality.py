@@ -21,7 +21,7 @@ from imagedream_rt.benchmarks.quality_report import (
     gain,
     summaries,
 )
-from imagedream_rt.engine.config import FusionConfig
+from imagedream_rt.engine.config import DRAFT, OFFICIAL, FusionConfig
 from imagedream_rt.engine.errors import InputError
 
 
@@ -93,6 +93,16 @@ def test_gain_is_paired_by_object():
     assert (psnr.objects, psnr.difference) == (2, 2.0)
     assert psnr.error == pytest.approx(math.sqrt(2) / math.sqrt(2))
     assert gain(rows, "turbo", "draft") == []
+    report = QualityReport(quality.Conditions("builtin:nano", "a GPU", {}, {}), 1, rows)
+    assert [(one.preset, one.against) for one in report.gains()] == [("turbo", "official")] * 3
+
+
+def test_the_adapted_official_schedule_is_the_official_one():
+    adapted = quality.configuration("official-adapted", "nano")
+    for name in ("steps", "stages", "field", "render", "min_step", "max_step", "lambda_orient", "lr_grid"):
+        assert getattr(adapted, name) == getattr(OFFICIAL, name)
+    assert adapted.camera == DRAFT.camera
+    assert quality.configuration("turbo", "nano").guidance_scale == DRAFT.guidance_scale
 
 
 def test_the_plan():
