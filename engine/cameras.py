@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .config import CameraRange
 from .errors import InputError
 from .model import VIEWS
+
+Array = npt.NDArray[np.float64]
 
 
 class Rays(NamedTuple):
@@ -107,9 +111,8 @@ def orbit_cameras(
         raise InputError(f"field of view is {fovy_deg} degrees; it must lie between 0 and 180")
     if not (math.isfinite(distance) and distance > 0.0):
         raise InputError(f"camera distance is {distance}; it must be positive")
-    azimuth, elevation = (torch.tensor(values, dtype=torch.float64) for values in (azimuths, elevations))
-    c2w = _look_at_origin(azimuth, elevation, torch.full_like(azimuth, distance))
-    return Cameras(c2w.float(), torch.full((len(azimuths),), math.radians(fovy_deg)))
+    c2w = _look_at_origin(np.array(azimuths), np.array(elevations), np.full(len(azimuths), distance))
+    return Cameras(torch.from_numpy(c2w).float(), torch.full((len(azimuths),), math.radians(fovy_deg)))
 
 
 def official_views(
@@ -158,44 +161,56 @@ def cameras_from_draws(camera_range: CameraRange, draws: CameraDraws) -> Cameras
     One elevation, field of view, distance, light distance and light perturbation per group; four azimuths
     (u + k) / 4 * 360 - 180 in threestudio's convention; light = normalize(position + normal) * distance.
     """
-    r, d = camera_range, draws
+    r = camera_range
+    elevation, azimuth, fovy, distance, light_distance, light_normal = (
+        tensor.double().numpy()
+        for tensor in (
+            draws.elevation,
+            draws.azimuth,
+            draws.fovy,
+            draws.distance,
+            draws.light_distance,
+            draws.light_normal,
+        )
+    )
     low, high = r.elevation_deg
-    if r.elevation_sampling == "official" and d.branch >= 0.5:
+    if r.elevation_sampling == "official" and draws.branch >= 0.5:
         # Meant as uniform on the sphere; taking angles for probabilities, it reaches only asin(high / 90).
-        p = _between((low + 90.0) / 180.0, (high + 90.0) / 180.0, d.elevation)
-        elevation_deg = torch.rad2deg(torch.asin(2.0 * p - 1.0))
+        p = _between((low + 90.0) / 180.0, (high + 90.0) / 180.0, elevation)
+        elevation_deg = np.rad2deg(np.arcsin(2.0 * p - 1.0))
     else:
-        elevation_deg = _between(low, high, d.elevation)
-    quarter = torch.arange(VIEWS, dtype=torch.float64)
-    azimuth_deg = (d.azimuth.double()[:, None] + quarter) / VIEWS * 360.0 - 180.0 + 90.0
-    fovy_rad = torch.deg2rad(_between(*r.fovy_deg, d.fovy))
-    distance = _between(*r.relative_distance, d.distance) / torch.tan(0.5 * fovy_rad)
-    c2w = _look_at_origin(azimuth_deg.flatten(), _each(elevation_deg), _each(distance))
-    shift = _each(r.light_perturbation * d.light_normal.double())
-    light = torch.nn.functional.normalize(c2w[:, :3, 3] + shift, dim=-1)
-    light = light * _each(_between(*r.light_distance, d.light_distance))[:, None]
-    return Cameras(c2w.float(), _each(fovy_rad).float(), light.float())
+        elevation_deg = _between(low, high, elevation)
+    azimuth_deg = (azimuth[:, None] + np.arange(VIEWS)) / VIEWS * 360.0 - 180.0 + 90.0
+    fovy_rad = np.deg2rad(_between(*r.fovy_deg, fovy))
+    distances = _between(*r.relative_distance, distance) / np.tan(0.5 * fovy_rad)
+    c2w = _look_at_origin(azimuth_deg.ravel(), _each(elevation_deg), _each(distances))
+    towards = c2w[:, :3, 3] + _each(r.light_perturbation * light_normal)
+    towards /= np.linalg.norm(towards, axis=-1, keepdims=True).clip(min=1e-12)
+    light = towards * _each(_between(*r.light_distance, light_distance))[:, None]
+    return Cameras(*(torch.from_numpy(array).float() for array in (c2w, _each(fovy_rad), light)))
 
 
-def _between(low: float, high: float, u: torch.Tensor) -> torch.Tensor:
-    return low + (high - low) * u.double()
+# In NumPy: a step of the fusion makes its cameras this way, and small calls of PyTorch take several times as long.
 
 
-def _each(group_values: torch.Tensor) -> torch.Tensor:
+def _between(low: float, high: float, u: Array) -> Array:
+    return low + (high - low) * u
+
+
+def _each(group_values: Array) -> Array:
     """[G, ...] -> [4 G, ...]: the four views of a group share the value."""
-    return group_values.repeat_interleave(VIEWS, dim=0)
+    return group_values.repeat(VIEWS, axis=0)
 
 
-def _look_at_origin(
-    azimuth_deg: torch.Tensor, elevation_deg: torch.Tensor, distance: torch.Tensor
-) -> torch.Tensor:
-    """[V, 4, 4] from three [V] tensors, in closed form: a cross product with z fails at the poles."""
-    azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
-    sin_a, cos_a, sin_e, cos_e = azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()
-    right = torch.stack([cos_a, sin_a, torch.zeros_like(sin_a)], dim=-1)
-    up = torch.stack([-sin_e * sin_a, sin_e * cos_a, cos_e], dim=-1)
-    back = torch.stack([cos_e * sin_a, -cos_e * cos_a, sin_e], dim=-1)
-    c2w = torch.zeros(azimuth.shape[0], 4, 4, dtype=azimuth.dtype, device=azimuth.device)
-    c2w[:, :3] = torch.stack([right, up, back, distance[:, None] * back], dim=-1)
+def _look_at_origin(azimuth_deg: Array, elevation_deg: Array, distance: Array) -> Array:
+    """[V, 4, 4] from three [V] arrays, in closed form: a cross product with z fails at the poles."""
+    azimuth, elevation = np.deg2rad(azimuth_deg), np.deg2rad(elevation_deg)
+    sin_a, cos_a, sin_e, cos_e = np.sin(azimuth), np.cos(azimuth), np.sin(elevation), np.cos(elevation)
+    c2w = np.zeros((len(azimuth), 4, 4))
+    right, up, back = (c2w[:, :3, column].T for column in range(3))
+    right[0], right[1] = cos_a, sin_a
+    up[0], up[1], up[2] = -sin_e * sin_a, sin_e * cos_a, cos_e
+    back[0], back[1], back[2] = cos_e * sin_a, -cos_e * cos_a, sin_e
+    c2w[:, :3, 3] = distance[:, None] * c2w[:, :3, 2]
     c2w[:, 3, 3] = 1.0
     return c2w
