@@ -234,7 +234,11 @@ TURBO = FusionConfig(
     lambda_sparsity=0.1,
     warm_start=WarmStart(view_sets=8, ddim_steps=20, fit_steps=600, rays=4096),
 )
-"""Half a minute on a large GPU, with any model: as ``draft``, with the whole field at the full resolution."""
+"""For a GPU, with any model: as ``draft``, with the whole field at the full resolution.
+
+The noise was chosen on two objects, with a small field at 64 pixels: up to 0.5 the refinement gains 0.6 to 1.7 dB;
+where its lower end lies between 0.02 and 0.15 changed no more than another step count did.
+"""
 
 FAST = replace(
     TURBO,

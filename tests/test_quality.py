@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 from command_line import SECONDS, CommandLine
@@ -26,7 +27,14 @@ from imagedream_rt.engine.errors import InputError
 
 
 def row(preset: str, loop: Loop, seed: int, number: int, psnr: float, **changes: float) -> Row:
-    figures = {"psnr_db": psnr, "iou": 0.9, "chamfer": 0.02, "fuse_s": 3.0, "mesh_s": 1.0, **changes}
+    figures: dict[str, Any] = {
+        "psnr_db": psnr,
+        "iou": 0.9,
+        "chamfer": 0.02,
+        "fuse_s": 3.0,
+        "mesh_s": 1.0,
+        **changes,
+    }
     return Row(preset, loop, seed, number, **figures)
 
 
@@ -141,7 +149,8 @@ class FakeWorker:
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(quality, "_Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "done", done := [])
+    done: list[Task] = []
+    monkeypatch.setattr(FakeWorker, "done", done)
     tasks = plan(["seconds"], [], objects=3)
 
     def stop(one: Row) -> None:
