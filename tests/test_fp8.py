@@ -204,7 +204,8 @@ def test_tensor_cores_multiply_the_same(shape: tuple[int, int, int], dtype: torc
         found = linear_e4m3(x, weight, scale_x, scale_weight, added, dtype)
         wanted = linear_e4m3_reference(x, weight, scale_x, scale_weight, added, torch.float32)
         assert found.dtype == dtype
-        assert relative_error(found, wanted) <= 2e-3 + torch.finfo(dtype).eps
+        # Fast accumulation keeps about 14 bits of a sum: far more than the factors have.
+        assert relative_error(found, wanted) <= ROUNDING / 4 + torch.finfo(dtype).eps
 
 
 def test_product_refuses_what_does_not_fit() -> None:
