@@ -10,8 +10,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from ..engine.errors import InputError
-from ..engine.files import staged, write_json
+from ..engine.files import write_json
 from .harness import Case, OnCase, Report, Row, measure, need_cuda
+from .plot import kernels_figure, write_figure
 
 FILE = "kernels"
 """Name of the written files, without suffix."""
@@ -74,13 +75,5 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
     Raises :class:`InputError` if ``folder`` cannot be written.
     """
-    written = [folder / f"{FILE}.json"]
-    try:
-        from .plot import kernels_figure
-
-        drawn = kernels_figure(report)
-    except ImportError:
-        return written
-    with staged(folder) as stage:
-        drawn.savefig(stage / f"{FILE}.png", dpi=110)
-    return [*written, folder / f"{FILE}.png"]
+    picture = write_figure(folder / f"{FILE}.png", lambda: kernels_figure(report))
+    return [folder / f"{FILE}.json", *picture]

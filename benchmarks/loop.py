@@ -29,15 +29,15 @@ from ..engine.config import preset as preset_named
 from ..engine.distill import MultiViewGuidance
 from ..engine.draws import StepTensors
 from ..engine.field_state import FieldState
-from ..engine.files import staged, write_json
+from ..engine.files import write_json
 from ..engine.fuse import Fusion
 from ..engine.graphed import GraphedStep
 from ..engine.layers import use_kernels
 from ..engine.model import MultiViewModel
-from ..engine.picture import PreparedPicture
-from ..engine.warmup import OPAQUE_BLOB
+from ..engine.warmup import OPAQUE_BLOB, disc
 from ..engine.weights import load_model
 from .harness import need_cuda, time_us, versions
+from .plot import loop_figure, write_figure
 
 SEED = 0
 
@@ -116,10 +116,7 @@ def run(
     Raises :class:`InputError` without a CUDA device.
     """
     need_cuda()
-    config = preset_named(preset)
-    config = replace(
-        config, albedo_only_until=0, field=replace(config.field, blob_strength=OPAQUE_BLOB), warm_start=None
-    )
+    config = replace(solid(preset_named(preset)), albedo_only_until=0)
     rows = []
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         loaded = load_model(model, device="cuda", dtype=torch.float16)
@@ -151,17 +148,9 @@ def write(report: LoopReport, folder: Path) -> list[Path]:
 
     Raises :class:`InputError` if ``folder`` cannot be written.
     """
-    written = [folder / "loop.json"]
-    write_json(written[0], report.to_dict())
-    try:
-        from .plot import loop_figure
-
-        drawn = loop_figure(report)
-    except ImportError:
-        return written
-    with staged(folder) as stage:
-        drawn.savefig(stage / "loop.png", dpi=110)
-    return [*written, folder / "loop.png"]
+    path = folder / "loop.json"
+    write_json(path, report.to_dict())
+    return [path, *write_figure(folder / "loop.png", lambda: loop_figure(report))]
 
 
 def schedule_minutes(rows: list[StageRow]) -> dict[str, float]:
@@ -176,12 +165,14 @@ def _stages(config: FusionConfig) -> Iterator[tuple[Stage, int]]:
         yield replace(stage, start=0), end - stage.start
 
 
+def solid(config: FusionConfig) -> FusionConfig:
+    """Of a field that begins as a solid ball."""
+    return replace(config, field=replace(config.field, blob_strength=OPAQUE_BLOB), warm_start=None)
+
+
 def ball_guidance(model: MultiViewModel, config: FusionConfig) -> MultiViewGuidance:
     """Guidance by a picture of a ball."""
-    y, x = np.indices((512, 512)) - 255.5
-    rgba = np.zeros((512, 512, 4), dtype=np.uint8)
-    rgba[np.hypot(x, y) < 200] = (180, 90, 40, 255)
-    return MultiViewGuidance(model, Conditioner(model, PreparedPicture(rgba), "a ball"), config)
+    return MultiViewGuidance(model, Conditioner(model, disc(), "a ball"), config)
 
 
 def _captured_row(
@@ -300,7 +291,7 @@ def _plain_rows(rung: Rung, model: str, config: FusionConfig, steps: int) -> Ite
             use_kernels(network, "torch")
     guidance = ball_guidance(loaded, config)
     if not rung.remembers:
-        guidance = _Forgetful(loaded, guidance.conditioner, config)
+        guidance = Forgetful(loaded, guidance.conditioner, config)
     for stage, count in _stages(config):
         torch.cuda.reset_peak_memory_stats()
         fusion = Fusion(
@@ -330,7 +321,7 @@ def _plain_rows(rung: Rung, model: str, config: FusionConfig, steps: int) -> Ite
         )
 
 
-class _Forgetful(MultiViewGuidance):
+class Forgetful(MultiViewGuidance):
     """Conditions on the prompt anew in every step."""
 
     def target(self, *arguments: Any) -> Tensor:

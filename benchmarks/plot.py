@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.files import replacing
 from .harness import OURS, Report, Row
 
 if TYPE_CHECKING:
     from .loop import LoopReport
 
+DPI = 110
 BAR_INCHES, CASE_GAP = 0.22, 0.6
 """Height of a bar, and the space between cases in bars."""
+
+
+def write_figure(path: Path, draw: Callable[[], Any]) -> list[Path]:
+    """The matplotlib figure that ``draw`` makes as a file: ``[path]``, or nothing without matplotlib.
+
+    Raises :class:`InputError` if the folder cannot be written.
+    """
+    with contextlib.suppress(ImportError):
+        drawn = draw()
+        with replacing(path) as partial:
+            drawn.savefig(partial)
+        return [path]
+    return []
 
 
 def kernels_figure(report: Report) -> Any:
@@ -25,7 +43,7 @@ def kernels_figure(report: Report) -> Any:
     contenders = list(dict.fromkeys(row.contender for row in report.rows if row.contender != OURS))
     colours = {name: f"C{number % 9 + 1}" for number, name in enumerate(contenders)} | {OURS: "black"}
     heights = [len(rows) + CASE_GAP * len({row.case for row in rows}) + 4 for _, rows in panels]
-    drawn = Figure(figsize=(10, BAR_INCHES * sum(heights)), layout="constrained")
+    drawn = Figure(figsize=(10, BAR_INCHES * sum(heights)), layout="constrained", dpi=DPI)
     for axes, (kernel, rows) in zip(
         drawn.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0], panels, strict=True
     ):
@@ -59,7 +77,7 @@ def loop_figure(report: LoopReport) -> Any:
     loops = list(report.schedule_min)
     # From the plainest to the fastest, whatever the order in which they were measured.
     loops = [*loops[1:], loops[0]]
-    drawn = Figure(figsize=(9, 1.2 + 0.5 * len(loops)), layout="constrained")
+    drawn = Figure(figsize=(9, 1.2 + 0.5 * len(loops)), layout="constrained", dpi=DPI)
     axes = drawn.subplots()
     ends = [0.0] * len(loops)
     stages = list(dict.fromkeys((row.views, row.resolution) for row in report.rows))

@@ -9,7 +9,6 @@ package's own as well.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,19 +17,16 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..engine.backends import Backends
 from ..engine.checkpoint import config_to_json
 from ..engine.conditioning import Conditioner
 from ..engine.config import EMBEDDED_CAMERA, EMBEDDED_GUIDANCE, OFFICIAL, FusionConfig
 from ..engine.config import preset as preset_named
-from ..engine.distill import MultiViewGuidance
 from ..engine.errors import FusionError, InputError
-from ..engine.files import replacing, write_json
+from ..engine.files import write_json
 from ..engine.fuse import Fusion
 from ..engine.fused_field import FusedField
 from ..engine.layers import use_kernels
@@ -42,6 +38,8 @@ from ..engine.warm_start import DiffusedViews
 from ..engine.warmup import warm_up
 from ..engine.weights import load_model, pick_device
 from .harness import versions
+from .loop import Forgetful
+from .plot import write_figure
 from .quality_report import Conditions, Loop, QualityReport, Row, Task, figure
 
 FILE = "quality"
@@ -127,13 +125,7 @@ def run(
 
 def draw(report: QualityReport, folder: Path) -> list[Path]:
     """``quality.png`` in ``folder``; nothing without matplotlib."""
-    path = folder / f"{FILE}.png"
-    with contextlib.suppress(ImportError):
-        drawn = figure(report)
-        with replacing(path) as partial:
-            drawn.savefig(partial, dpi=120)
-        return [path]
-    return []
+    return write_figure(folder / f"{FILE}.png", lambda: figure(report))
 
 
 def _with_others(conditions: Conditions, path: Path) -> tuple[Conditions, list[Row]]:
@@ -230,17 +222,9 @@ def _fuse_plainly(pipe: ImageTo3D, picture: PreparedPicture, config: FusionConfi
     conditioner = Conditioner(pipe.model, picture)
     return Fusion(
         config,
-        _Forgetful(pipe.model, conditioner, config),
+        Forgetful(pipe.model, conditioner, config),
         seed=seed,
         device=pipe.model.device,
         views=DiffusedViews(pipe.model, conditioner, config, seed) if config.warm_start else None,
         backends=pipe.backends,
     ).run()
-
-
-class _Forgetful(MultiViewGuidance):
-    """Conditions on the prompt anew in every step."""
-
-    def target(self, *arguments: Any) -> Tensor:
-        self.conditioner.forget()
-        return super().target(*arguments)

@@ -247,7 +247,7 @@ def figure(report: QualityReport) -> Any:
     from matplotlib.figure import Figure
 
     found = summaries(report.rows)
-    drawn = Figure(figsize=(4.5 * len(FIGURES), 4.2), layout="constrained")
+    drawn = Figure(figsize=(4.5 * len(FIGURES), 4.2), layout="constrained", dpi=120)
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(one.preset for one in found))}
     titles = ("PSNR of unseen views, dB", "silhouette IoU", "Chamfer distance (less is better)")
     for axes, name, title in zip(drawn.subplots(1, len(FIGURES)), FIGURES, titles, strict=True):

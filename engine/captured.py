@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from .distill import MultiViewGuidance
 from .draws import StepDraws, StepTensors, draw_step, pack, row_width, unpack
 from .field_state import FieldState
 from .graphed import GraphedStep
-from .nerf.render import Capacity, RenderOutput, render, sample_rays_within
+from .nerf.render import MOST_CANDIDATES, Capacity, RenderOutput, render, sample_rays_within
 from .nerf.shading import Shading
 from .objective import objective
 
@@ -35,7 +34,6 @@ TIGHT, WASTEFUL = 0.92, 0.45
 """Shares of the capacity in use above and below which it is changed."""
 GRAIN = 2**17
 """Capacities are multiples of this."""
-MOST_CANDIDATES = 2**25
 
 
 class StepResult(NamedTuple):
@@ -53,21 +51,12 @@ class CapturedDistillation:
     ) -> None:
         self.config, self.state, self.guidance, self.conditions = config, state, guidance, conditions
         self._stage: Stage | None = None
-        self._refresh = {
-            all_cells: GraphedStep(
-                partial(self._refresh_occupancy, all_cells),
-                state.device,
-                [state.streams["occupancy"]],
-            )
-            for all_cells in (True, False)
-        }
+        self._refresh = state.graphed_refresh()
 
     def advance(self, step: int) -> StepResult:
         """One step, begun and not waited for."""
         config, state = self.config, self.state
-        age = config.fitted_steps + step
-        if age % config.render.occupancy_every == 0:
-            self._refresh[age < config.render.occupancy_warmup_steps]()
+        self._refresh(config.fitted_steps + step)
         stage = config.stage_at(step)
         if stage != self._stage:
             self._enter(stage)
@@ -163,10 +152,6 @@ class CapturedDistillation:
         )
         if tight or wasteful:
             self._choose_capacity((found[0], found[1]))
-
-    def _refresh_occupancy(self, all_cells: bool) -> None:
-        state = self.state
-        state.occupancy.refresh(state.field.density, state.streams["occupancy"], all_cells=all_cells)
 
     def _step(self) -> None:
         """All of one step, from the row to the parameters: tensors only."""

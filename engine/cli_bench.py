@@ -12,7 +12,7 @@ from rich.text import Text
 
 from . import cli_options as opt
 from .cli_job import load_pipeline, work
-from .cli_output import print_files, print_json
+from .cli_output import print_files, print_json, print_outcome
 
 if TYPE_CHECKING:
     from ..benchmarks.harness import Row
@@ -47,7 +47,7 @@ def kernels(
         if len(written) == 1:
             print("note: no picture: matplotlib is not installed (extra bench)", file=sys.stderr)
     if as_json:
-        print_json({"files": [str(path) for path in written], **report.to_dict()})
+        print_outcome(written, report.to_dict())
         return
     print()
     contents = {".json": "every figure, with device and versions", ".png": "the same as bars"}
@@ -81,7 +81,7 @@ def loop(
         report = run(model, preset, steps=steps, reference=reference, on_row=lambda row: _stage(console, row))
         written = write(report, output)
     if console is None:
-        print_json({"files": [str(path) for path in written], **report.to_dict()})
+        print_outcome(written, report.to_dict())
         return
     for name, minutes in report.schedule_min.items():
         print(
@@ -111,7 +111,7 @@ def schedule(
         report = run(model, preset, steps=steps, on_line=None if as_json else _log_line)
         path = write(report, output)
     if as_json:
-        print_json({"files": [str(path)], **report.to_dict()})
+        print_outcome([path], report.to_dict())
         return
     print(f"{report.steps} steps in {report.seconds:.1f} s; {report.peak_gib:.1f} GiB")
     print_files({path: "the log, with device and versions"})
@@ -148,7 +148,7 @@ def views(
         report = run(model, unets, steps=steps, on_row=lambda row: _views(console, row))
         write_json(output / "views.json", report.to_dict())
     if console is None:
-        print_json({"files": [str(output / "views.json")], **report.to_dict()})
+        print_outcome([output / "views.json"], report.to_dict())
         return
     print_files({output / "views.json": "every figure, with device and versions"})
 

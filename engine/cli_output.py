@@ -108,6 +108,11 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, default=str), flush=True)
 
 
+def print_outcome(paths: Sequence[Path], values: dict[str, Any]) -> None:
+    """The written files, and other values, as one JSON object on stdout."""
+    print_json({"files": [str(path) for path in paths], **values})
+
+
 def print_files(files: dict[Path, str]) -> None:
     """A line per written file on stdout: its path and what it holds."""
     width = max(len(str(path)) for path in files)
@@ -146,7 +151,7 @@ _CONTENT = {
 
 def print_written(paths: list[Path], metadata: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json({"files": [str(path) for path in paths], **metadata})
+        print_outcome(paths, metadata)
         return
     contents = {path: _CONTENT.get(path.name, "textured mesh") for path in paths}
     if report := metadata.get("mesh"):

@@ -11,7 +11,7 @@ import typer
 
 from . import cli_options as opt
 from .cli_job import fusion_config, load_pipeline, work
-from .cli_output import print_files, print_json
+from .cli_output import print_files, print_outcome
 
 if TYPE_CHECKING:
     from ..benchmarks.quality_report import QualityReport, Row
@@ -145,7 +145,7 @@ def bench_quality(
         )
         written = [output / "quality.json", *draw(report, output)]
     if as_json:
-        print_json({"files": [str(path) for path in written], **report.to_dict()})
+        print_outcome(written, report.to_dict())
         return
     _print_quality(report)
     contents = {".json": "every figure of every object, with device and versions", ".png": "the means"}

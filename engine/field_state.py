@@ -3,7 +3,8 @@ streams."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .backends import OWN, Backends
 from .checkpoint import load_optimizer_state, optimizer_state, prefixed, without_prefix
 from .config import FusionConfig
+from .graphed import GraphedStep
 from .nerf.background import Background
 from .nerf.field import Field
 from .nerf.occupancy import OccupancyGrid
@@ -59,6 +61,24 @@ class FieldState:
             fused=on_gpu,
             capturable=on_gpu,
         )
+
+    def graphed_refresh(self) -> Callable[[int], None]:
+        """What keeps the occupancy grid up to date at a step, as :meth:`OccupancyGrid.update`, by CUDA graphs."""
+        stream, config = self.streams["occupancy"], self.config.render
+        refreshes = {
+            all_cells: GraphedStep(
+                partial(self.occupancy.refresh, self.field.density, stream, all_cells=all_cells),
+                self.device,
+                [stream],
+            )
+            for all_cells in (True, False)
+        }
+
+        def refresh(step: int) -> None:
+            if step % config.occupancy_every == 0:
+                refreshes[step < config.occupancy_warmup_steps]()
+
+        return refresh
 
     def set_learning_rates(self, *, grid: float, networks: float) -> None:
         """Other rates than the configuration's, until the optimiser is restarted."""

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from .field_state import FieldState
 from .graphed import GraphedStep
 from .losses import sparsity_loss
 from .model import VIEWS, Cancel, MultiViewModel, Progress
-from .nerf.render import Capacity, render_rays
+from .nerf.render import MOST_CANDIDATES, Capacity, render_rays
 from .picture import PreparedPicture
 from .sampler import decode_views, sample_views
 
@@ -44,7 +43,6 @@ LEAST_CONTRAST, MOST_CONTRAST = 0.1, 0.6
 KEPT_OF_A_RAY = 160
 """Samples worth a gradient that there is room for in a captured fit, as a mean over the rays: more than the initial
 blob has, several times those of a finished object."""
-MOST_CANDIDATES = 2**25
 LAMBDA_MASK = 0.5
 LAMBDA_SPARSITY = 0.05
 LR_GRID, LR_NETWORKS = 0.02, 0.005
@@ -255,27 +253,15 @@ class WarmStartFit:
         self._most_kept = torch.zeros((), dtype=torch.int32, device=state.device)
         streams = [state.streams[name] for name in ("rays", "jitter")]
         self._replay = GraphedStep(self._step, state.device, streams, warmup=2)
-        self._refresh = {
-            all_cells: GraphedStep(
-                partial(
-                    state.occupancy.refresh,
-                    state.field.density,
-                    state.streams["occupancy"],
-                    all_cells=all_cells,
-                ),
-                state.device,
-                [state.streams["occupancy"]],
-            )
-            for all_cells in (True, False)
-        }
+        self._refresh = state.graphed_refresh()
 
     def advance(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One AdamW step on random rays of all pictures; a captured one's results last until the next."""
-        state, render = self.state, self.state.config.render
+        state = self.state
         if self._capacity is None:
             state.occupancy.update(step, state.field.density, state.streams["occupancy"])
-        elif step % render.occupancy_every == 0:
-            self._refresh[step < render.occupancy_warmup_steps]()
+        else:
+            self._refresh(step)
         self._replay()
         if step == self.steps - 1:
             self._warn_if_cut()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._group_tiles import is_channels_last
 from ._triton import KernelBackend, jit, tl, triton, use_triton
 from ._tuning import Launch, Tuned
 
@@ -71,14 +72,10 @@ def _candidates(rows: int, columns: int, inputs: int, dtype: torch.dtype) -> lis
 _TUNED = Tuned("bias_residual", _kernel, _candidates)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
 @torch.library.custom_op("imagedream_rt::bias_residual", mutates_args=())
 def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     y, (samples, channels, height, width) = torch.empty_like(x), x.shape
-    last = _is_channels_last(x)
+    last = is_channels_last(x)
     rows, columns = samples * height * width, channels
     if not last:
         rows, columns = samples * channels, height * width
@@ -145,7 +142,7 @@ def bias_residual(
         raise ValueError(f"residual must be {[*x.shape]} as x, got {[*residual.shape]}")
     if not x.numel():
         return x.clone()
-    fits = _is_channels_last(x) or x.is_contiguous()
+    fits = is_channels_last(x) or x.is_contiguous()
     if use_triton(backend, x, bias, residual) and (fits or backend == "triton"):
         if not fits:
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._group_tiles import on_kernel
 from ._triton import KernelBackend
 from .group_norm import check, group_norm, group_norm_and_moments
-from .group_norm_backward import group_norm_gradient
+from .group_norm_backward import gradients
 
 
 class _Fork(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _Fork(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor, Tensor]:
         y, mean, rstd = group_norm_and_moments(x, weight, bias, None, groups, eps, silu)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, None, mean, rstd)
         ctx.silu = silu
         ctx.set_materialize_grads(False)
         return y, x.view_as(x)
@@ -33,14 +33,9 @@ class _Fork(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return beside, None, None, None, None, None
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        _, of_weight, of_bias, *_ = ctx.needs_input_grad
-        grad_x, sums = group_norm_gradient(
-            grad, x, weight, bias, None, mean, rstd, ctx.silu, of_weight or of_bias, beside
-        )
-        grad_weight = sums[1].to(weight.dtype) if of_weight else None
-        grad_bias = sums[0].to(bias.dtype) if of_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None
+        needed = (*ctx.needs_input_grad[:3], False)
+        found = gradients(grad, ctx.saved_tensors, ctx.silu, needed, beside)
+        return *found[:3], None, None, None
 
 
 def forked_group_norm(

@@ -44,7 +44,7 @@ from ._group_tiles import (
 )
 from ._triton import KernelBackend, jit, tl, triton
 from ._tuning import Launch, Tuned
-from .group_norm_backward import group_norm_gradient
+from .group_norm_backward import gradients
 
 
 def group_norm_reference(
@@ -331,20 +331,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, shift, mean, rstd = ctx.saved_tensors
-    _, of_weight, of_bias, of_shift, *_ = ctx.needs_input_grad
-    grad_x, sums = group_norm_gradient(
-        grad, x, weight, bias, shift, mean, rstd, ctx.silu, of_weight or of_bias
-    )
-    return (
-        grad_x,
-        sums[1].to(weight.dtype) if of_weight else None,
-        sums[0].to(bias.dtype) if of_bias else None,
-        grad_x.sum((2, 3), dtype=torch.float32).to(shift.dtype) if of_shift else None,
-        None,
-        None,
-        None,
-    )
+    return (*gradients(grad, ctx.saved_tensors, ctx.silu, ctx.needs_input_grad[:4]), None, None, None)
 
 
 group_norm_and_moments.register_autograd(_differentiate, setup_context=_remember)

@@ -14,6 +14,9 @@ Source: Ioffe and Szegedy 2015, "Batch Normalization" (arXiv 1502.03167), sectio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -358,3 +361,23 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     size = (2, x.shape[1]) if parameters else (0,)
     return torch.empty_like(x), x.new_empty(size, dtype=torch.float32)
+
+
+def gradients(
+    grad: Tensor, saved: Sequence[Any], silu: bool, needed: Sequence[bool], beside: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """By x, weight, bias and shift, the last three where ``needed``; ``beside`` is added to that by x.
+
+    ``saved``: these four, mean and rstd of the forward pass.
+    """
+    x, weight, bias, shift, mean, rstd = saved
+    _, of_weight, of_bias, of_shift = needed
+    grad_x, sums = group_norm_gradient(
+        grad, x, weight, bias, shift, mean, rstd, silu, of_weight or of_bias, beside
+    )
+    return (
+        grad_x,
+        sums[1].to(weight.dtype) if of_weight else None,
+        sums[0].to(bias.dtype) if of_bias else None,
+        grad_x.sum((2, 3), dtype=torch.float32).to(shift.dtype) if of_shift else None,
+    )

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ..cameras import Rays
 
 
+MOST_CANDIDATES = 2**25
+"""Rows that the candidates of one render may have at most."""
+
+
 class Capacity(NamedTuple):
     """Rows of the buffers of a render that never waits for the device."""
 
