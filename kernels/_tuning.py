@@ -127,7 +127,8 @@ def _build(device: torch.device, candidates: Sequence[Launch], run: Callable[[La
         with torch.cuda.stream(stream), _unless_too_large():
             run(candidate)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+    # A thread has no CUDA context before its first call of the runtime, and tensor descriptors are made with one.
+    with ThreadPoolExecutor(os.cpu_count() or 1, initializer=torch.cuda.synchronize, initargs=(device,)) as threads:
         list(threads.map(build, candidates))
 
 
