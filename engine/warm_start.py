@@ -164,7 +164,8 @@ def silhouettes(pictures: Tensor, contrast: float | None = None) -> Silhouettes:
     inside of the objects shows.
     """
     border = torch.cat([pictures[:, 0], pictures[:, -1], pictures[:, 1:-1, 0], pictures[:, 1:-1, -1]], dim=1)
-    background = border.median(dim=1).values
+    # The lower median, as torch.median's, which has no deterministic form on a GPU.
+    background = border.sort(dim=1).values[:, (border.shape[1] - 1) // 2]
     difference = (pictures - background[:, None, None]).abs().amax(-1)
     if contrast is None:
         contrast = _contrast(difference)
