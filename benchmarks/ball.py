@@ -1,4 +1,4 @@
-"""A ball before the cameras of the official schedule: what the renderer's kernels are measured on."""
+"""A ball before the cameras of the official schedule: what the renderer is measured on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engine.cameras import orbit_cameras
 from ..engine.config import OFFICIAL
+from ..engine.nerf.field import Field
 
 STEP = OFFICIAL.render.step_size
 TRANSMITTANCE_STOP = OFFICIAL.render.transmittance_stop
@@ -53,3 +54,22 @@ def balls() -> Iterator[Ball]:
         # A cell is occupied if the ball may reach into it.
         occupied = distance < RADIUS + 1.5 / grid
         yield Ball(f"{stage.views} x {stage.resolution}²", origins, directions, near, occupied)
+
+
+def fit(field: Field, *, steps: int = 600, points: int = 2**17) -> None:
+    """Train a field until its density is the ball's, as sharp as that of an object after its distillation."""
+    device = next(field.parameters()).device
+    optimizer = torch.optim.Adam(field.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator(device).manual_seed(0)
+    for _ in range(steps):
+        anywhere = torch.rand(points, 3, generator=generator, device=device) * 2 - 1
+        direction = torch.nn.functional.normalize(anywhere[::2])
+        depth = torch.randn(len(direction), 1, generator=generator, device=device) * (2 / EDGE)
+        x = torch.cat((anywhere[1::2], direction * (RADIUS + depth)))
+        loss = (field.density(x).log1p() - density(x).log1p()).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad(set_to_none=True)

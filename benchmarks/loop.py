@@ -1,10 +1,10 @@
 """The distillation loop at work: what a step of each stage costs, where, and what the whole schedule comes to.
 
-The field starts as a solid ball, so that a render has the samples of a finished object; the weights of the
-model do not matter to the time. ``ours`` replays captured steps in half precision. ``reference`` is the plain
-loop: one operation after the other, float32 weights under autocast, networks without this package's kernels, and
-the prompt conditioned anew in every step, as in the released code; only its renderer is this package's own. The
-rungs between them add one optimisation each.
+The field is fitted to a ball first and its learning rates are zero, so that every render has the samples of a
+finished object; the weights of the model do not matter to the time. ``ours`` replays captured steps in half
+precision. ``reference`` is the plain loop: one operation after the other, float32 weights under autocast,
+networks without this package's kernels, and the prompt conditioned anew in every step, as in the released code;
+only its renderer is this package's own. The rungs between them add one optimisation each.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ from ..engine.fuse import Fusion
 from ..engine.graphed import GraphedStep
 from ..engine.layers import use_kernels
 from ..engine.model import MultiViewModel
-from ..engine.warmup import OPAQUE_BLOB, disc
+from ..engine.nerf.field import Field
+from ..engine.warmup import disc
 from ..engine.weights import load_model
+from . import ball
 from .harness import need_cuda, time_us, versions
 from .plot import loop_figure, write_figure
 
 SEED = 0
+
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,24 +120,25 @@ def run(
     Raises :class:`InputError` without a CUDA device.
     """
     need_cuda()
-    config = replace(solid(preset_named(preset)), albedo_only_until=0)
+    config = replace(preset_named(preset), warm_start=None, albedo_only_until=0)
     rows = []
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         loaded = load_model(model, device="cuda", dtype=torch.float16)
         guidance = ball_guidance(loaded, config)
+        field = _fitted_field(config)
         start = time.perf_counter()
         bank = GreyBank(guidance.conditioner)
         torch.cuda.synchronize()
         prepare_s = time.perf_counter() - start
         with loaded.encoders_parked(vision=True):
             for stage, count in _stages(config):
-                rows.append(_captured_row(config, stage, count, guidance, bank, steps))
+                rows.append(_captured_row(config, stage, count, guidance, bank, field, steps))
                 if on_row:
                     on_row(rows[-1])
         del bank, guidance, loaded
         torch.cuda.empty_cache()
         for rung in LADDER if reference else ():
-            for row in _plain_rows(rung, model, config, max(4, steps // 6)):
+            for row in _plain_rows(rung, model, config, field, max(4, steps // 6)):
                 rows.append(row)
                 if on_row:
                     on_row(row)
@@ -165,9 +170,16 @@ def _stages(config: FusionConfig) -> Iterator[tuple[Stage, int]]:
         yield replace(stage, start=0), end - stage.start
 
 
-def solid(config: FusionConfig) -> FusionConfig:
-    """Of a field that begins as a solid ball."""
-    return replace(config, field=replace(config.field, blob_strength=OPAQUE_BLOB), warm_start=None)
+def _fitted_field(config: FusionConfig) -> Weights:
+    field = Field(config.field).cuda()
+    ball.fit(field)
+    return field.state_dict()
+
+
+def _hold(state: FieldState, field: Weights) -> None:
+    """The field as fitted, whatever the steps do."""
+    state.field.load_state_dict(field)
+    state.set_learning_rates(grid=0.0, networks=0.0)
 
 
 def ball_guidance(model: MultiViewModel, config: FusionConfig) -> MultiViewGuidance:
@@ -181,10 +193,12 @@ def _captured_row(
     count: int,
     guidance: MultiViewGuidance,
     bank: GreyBank,
+    field: Weights,
     steps: int,
 ) -> StageRow:
     torch.cuda.reset_peak_memory_stats()
     state = FieldState(replace(config, stages=(stage,)), SEED, torch.device("cuda"))
+    _hold(state, field)
     loop = CapturedDistillation(state.config, state, guidance, bank)
     for step in range(6):
         loop.advance(step)
@@ -284,7 +298,9 @@ def _parts(loop: CapturedDistillation) -> dict[str, float]:
     return found
 
 
-def _plain_rows(rung: Rung, model: str, config: FusionConfig, steps: int) -> Iterator[StageRow]:
+def _plain_rows(
+    rung: Rung, model: str, config: FusionConfig, field: Weights, steps: int
+) -> Iterator[StageRow]:
     loaded = load_model(model, device="cuda", dtype=rung.dtype)
     if not rung.kernels:
         for network in (loaded.unet, loaded.vae):
@@ -301,6 +317,7 @@ def _plain_rows(rung: Rung, model: str, config: FusionConfig, steps: int) -> Ite
             device="cuda",
             backends=Backends(loop="eager"),
         )
+        _hold(fusion.state, field)
         with torch.autocast("cuda", dtype=torch.float16, enabled=rung.dtype == torch.float32):
             for step in range(2):
                 fusion.distill(step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from ..engine.config import preset as preset_named
 from ..engine.files import write_json
 from ..engine.fuse import Fusion
+from ..engine.warmup import OPAQUE_BLOB
 from ..engine.weights import load_model
 from .harness import need_cuda, versions
-from .loop import SEED, ball_guidance, solid
+from .loop import SEED, ball_guidance
 
 LINE_EVERY = 500
 
@@ -64,8 +65,9 @@ def run(
     Raises :class:`InputError` without a CUDA device, and what the fusion raises.
     """
     need_cuda()
-    config = solid(preset_named(preset))
-    config = config.changed(steps=steps or config.steps)
+    config = preset_named(preset)
+    solid = replace(config.field, blob_strength=OPAQUE_BLOB)
+    config = config.changed(field=solid, warm_start=None, steps=steps or config.steps)
     log: list[Line] = []
     loaded = load_model(model, device="cuda", dtype=torch.float16)
     torch.cuda.reset_peak_memory_stats()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .pipeline import ImageTo3D
 
 PICTURE_PX = 512
-OPAQUE_BLOB = 200.0
+OPAQUE_BLOB = 1000.0
 """Initial density that makes the untrained field a solid ball: it renders as many samples as a finished object."""
 
 
