@@ -44,10 +44,7 @@ OWN_KERNELS = "hash-grid kernels + PyTorch"
 def cases() -> Iterator[Case]:
     met, kept = _along_rays()
     yield _density(met)
-    few = kept[: 2**20]
-    yield _whole(few)
     yield _whole(kept)
-    yield _backward(few)
     yield _backward(kept)
 
 
