@@ -45,8 +45,8 @@ def run(folder: Path, names: Sequence[str] = (), on_case: OnCase | None = None) 
     """Measure on the current CUDA device, one kernel after the other.
 
     After each kernel ``kernels.json`` in ``folder`` is written. Rows of kernels that are not measured stay in it
-    if they are of the same device and versions. Raises :class:`InputError` without a CUDA device, for an unknown
-    name, and if ``folder`` cannot be written.
+    if they are of the same device and versions; a peer may have been installed since. Raises :class:`InputError`
+    without a CUDA device, for an unknown name, and if ``folder`` cannot be written.
     """
     need_cuda()
     chosen = _chosen(names)
@@ -60,14 +60,18 @@ def run(folder: Path, names: Sequence[str] = (), on_case: OnCase | None = None) 
 def _with_others(report: Report, path: Path) -> Report:
     """The report, and what the file says of other kernels under the same conditions."""
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        held = [Row(**row) for row in earlier.pop("rows")]
+        given = json.loads(path.read_text(encoding="utf-8"))
+        earlier = Report(**{**given, "rows": [Row(**row) for row in given["rows"]]})
+        both = earlier.versions.keys() & report.versions.keys()
+        changed = {name for name in both if earlier.versions[name] != report.versions[name]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return report
-    alike = earlier == {key: value for key, value in report.to_dict().items() if key != "rows"}
+    if changed or replace(earlier, rows=[], versions={}) != replace(report, rows=[], versions={}):
+        return report
     measured = {row.kernel for row in report.rows}
-    others = [row for row in held if row.kernel not in measured] if alike else []
-    return replace(report, rows=sorted(report.rows + others, key=lambda row: row.kernel))
+    others = [row for row in earlier.rows if row.kernel not in measured]
+    rows = sorted(report.rows + others, key=lambda row: row.kernel)
+    return replace(report, rows=rows, versions={**earlier.versions, **report.versions})
 
 
 def draw(report: Report, folder: Path) -> list[Path]:

@@ -185,8 +185,13 @@ def test_other_kernels_keep_their_rows(clock: Clock, tmp_path: Path, monkeypatch
     assert kernels_in_file("shift") == ["shift"] * 2
     assert kernels_in_file("scale") == ["scale"] * 2 + ["shift"] * 2
     assert kernels_in_file("scale") == ["scale"] * 2 + ["shift"] * 2
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    monkeypatch.setattr(harness, "versions", lambda: {"torch": torch.__version__, "a peer": "1.0"})
+    assert kernels_in_file("scale") == ["scale"] * 2 + ["shift"] * 2
+    monkeypatch.setattr(harness, "versions", lambda: {"torch": "another"})
     assert kernels_in_file("scale") == ["scale"] * 2
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    assert kernels_in_file("shift") == ["shift"] * 2
+    assert kernels_in_file("scale") == ["scale"] * 2 + ["shift"] * 2
     (tmp_path / "kernels.json").write_text("{")
     assert kernels_in_file() == ["scale"] * 2 + ["shift"] * 2
 
