@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .blocks import KeyValues
-from .conditioning import Conditioner, Conditioning
+from .conditioning import Conditioner, Conditioning, PictureFeatures
 from .distill import matched_colour
 from .model import Progress
 
 LEVELS = 256
-BATCH = 16
+BATCH = 32
+"""Pictures that the image encoder sees at a time: enough to keep a GPU busy, within 1 GB at the released size."""
 
 
 class Conditions(Protocol):
@@ -42,32 +43,31 @@ class GreyBank:
     """
 
     def __init__(self, conditioner: Conditioner, on_progress: Progress | None = None) -> None:
-        found: list[Conditioning] = []
+        unet, context = conditioner.model.unet, conditioner.context
+        found: list[PictureFeatures] = []
         rows: list[Tensor] = []
-        unet = conditioner.model.unet
         for start in range(0, LEVELS, BATCH):
-            found += conditioner.encode([(level,) * 3 for level in range(start, start + BATCH)])
-            if (first := found[-1]).image_tokens is not None:
-                tokens = torch.stack([_given(one.image_tokens)[0] for one in found[-BATCH:]])
+            some = conditioner.features([(level,) * 3 for level in range(start, start + BATCH)])
+            if some is not None:
+                found.append(some)
                 with torch.no_grad():
-                    layers = unet.prompt_key_values(first.context[:1].expand(BATCH, -1, -1), tokens)
-                rows.append(
-                    torch.cat([x.flatten(1) for layer in layers for x in layer[2:] if x is not None], 1)
-                )
+                    # One token of text, which is the same over all levels, will do here.
+                    layers = unet.prompt_key_values(context[:1, :1].expand(BATCH, -1, -1), some.tokens)
+                rows.append(torch.cat([x.flatten(1) for x in _image_parts(layers)], dim=1))
             if on_progress is not None:
                 on_progress("condition", start + BATCH, LEVELS)
-        self.context = found[0].context
-        self.image_mean = _stack([one.image_mean for one in found])
-        self.image_std = _stack([one.image_std for one in found])
+        self.context = context
+        self.image_mean, self.image_std = _joined([x.mean for x in found]), _joined([x.std for x in found])
         self._image_rows = torch.cat(rows) if rows else None
+        tokens = torch.cat([found[0].tokens[:1], found[0].nothing]) if found else None
         with torch.no_grad():
-            self._key_values = self._views(unet.prompt_key_values(self.context, found[0].image_tokens))
+            self._key_values = self._views(unet.prompt_key_values(context, tokens))
 
     def _views(self, layers: list[KeyValues]) -> list[KeyValues]:
         """The layers with their image parts as views into one buffer [2, ...], whose first row a step writes."""
         if self._image_rows is None:
             return layers
-        parts = [x for layer in layers for x in layer[2:] if x is not None]
+        parts = _image_parts(layers)
         self._current = torch.cat([x.flatten(1) for x in parts], dim=1)
         pieces = self._current.split([x[0].numel() for x in parts], dim=1)
         views = iter([piece.unflatten(1, x.shape[1:]) for piece, x in zip(pieces, parts, strict=True)])
@@ -113,19 +113,18 @@ class MatchedColour:
         return self._current
 
 
-def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+def _image_parts(layers: list[KeyValues]) -> list[Tensor]:
+    return [x for layer in layers for x in layer[2:] if x is not None]
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def _stack(tensors: list[Tensor | None]) -> Tensor | None:
+def _joined(tensors: list[Tensor | None]) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(present) if present else None
+    return torch.cat(present) if present else None
 
 
 def _row(table: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if table is None else table.index_select(0, index)[0]
+    return None if table is None else table.index_select(0, index)

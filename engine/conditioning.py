@@ -7,12 +7,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from .blocks import KeyValues
 from .errors import InputError
-from .model import MultiViewModel
+from .model import VIEWS, MultiViewModel
 from .picture import PreparedPicture, composite
 from .vae import LatentCodec
 
@@ -54,6 +56,18 @@ class Conditioning:
         return Conditioning(self.context[:1], tokens, self.image_mean, self.image_std, key_values)
 
 
+class PictureFeatures(NamedTuple):
+    """What the networks make of the prompt picture, one row for each colour behind it."""
+
+    tokens: torch.Tensor
+    """[N, n, D]"""
+    nothing: torch.Tensor
+    """[1, n, D]: the image adaptor's answer to zeros in the picture's place."""
+    mean: torch.Tensor | None
+    """[N, 4, h, w], with ``std`` the unscaled VAE posterior; ``pixel`` only."""
+    std: torch.Tensor | None
+
+
 class Conditioner:
     """One prompt (picture and text) for one model: conditions on demand, per background colour.
 
@@ -77,16 +91,22 @@ class Conditioner:
             raise InputError(f"{model.card.name} needs a prompt picture (its controller is {controller})")
         self.model = model
         self.picture = picture
-        self.identity = {
-            "picture": "none" if picture is None else hashlib.sha256(picture.rgba.tobytes()).hexdigest(),
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-        }
-        """What the conditions depend on besides the model, for checkpoints."""
+        self.prompt, self.negative_prompt = prompt, negative_prompt
         self._cache: OrderedDict[tuple[int, int, int], Conditioning] = OrderedDict()
         self._tokens_of_nothing: torch.Tensor | None = None
         with torch.inference_mode(False), torch.no_grad():
-            self._context = model.text([prompt, negative_prompt])
+            self.context = model.text([prompt, negative_prompt])
+            self._rgba = None if picture is None else torch.tensor(picture.rgba).to(model.device)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What the conditions depend on besides the model, for checkpoints."""
+        rgba = None if self.picture is None else self.picture.rgba.tobytes()
+        return {
+            "picture": "none" if rgba is None else hashlib.sha256(rgba).hexdigest(),
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+        }
 
     def at_grey(self, grey: float) -> Conditioning:
         """:meth:`at` for a grey in [0, 1]."""
@@ -115,27 +135,44 @@ class Conditioner:
         self._cache.clear()
         self._tokens_of_nothing = None
 
+    # Whoever asks first may be sampling in inference mode, and later askers not: all that is made is ordinary tensors.
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def encode(self, levels: Sequence[Level]) -> list[Conditioning]:
         """The conditions over each of some colours, given as integer levels 0..255; in one batch, not cached."""
-        # Whoever asks first may be sampling in inference mode, and later askers not: keep ordinary tensors.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._encode(levels)
+        found = self.features(levels)
+        if found is None:
+            return [Conditioning(self.context, None, None, None)] * len(levels)
+        tokens = [torch.cat([row, found.nothing]) for row in found.tokens.split(1)]
+        if found.mean is None or found.std is None:
+            return [Conditioning(self.context, row, None, None) for row in tokens]
+        rows = zip(tokens, found.mean.split(1), found.std.split(1), strict=True)
+        return [Conditioning(self.context, *row) for row in rows]
 
-    def _encode(self, levels: Sequence[Level]) -> list[Conditioning]:
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def features(self, levels: Sequence[Level]) -> PictureFeatures | None:
+        """Those of the picture over some colours, given as integer levels 0..255; None without a picture."""
         model, vision = self.model, self.model.vision
-        if self.picture is None or vision is None:
-            return [Conditioning(self._context, None, None, None)] * len(levels)
-        pictures = [composite(self.picture.rgba, level) for level in levels]
-        pixels = torch.stack([vision.preprocess(rgb) for rgb in pictures]).to(model.device)
+        if vision is None or (rgb := self.over(levels)) is None:
+            return None
         encode = vision.pooled if model.card.controller == "global" else vision.hidden
-        features = encode(pixels)
+        seen = encode(vision.preprocess(rgb))
         if self._tokens_of_nothing is None:
-            self._tokens_of_nothing = model.unet.embed_image(torch.zeros_like(features[:1]))
-        nothing = self._tokens_of_nothing
-        tokens = [torch.cat([row, nothing]) for row in model.unet.embed_image(features).split(1)]
+            self._tokens_of_nothing = model.unet.embed_image(torch.zeros_like(seen[:1]))
+        tokens = PictureFeatures(model.unet.embed_image(seen), self._tokens_of_nothing, None, None)
         if model.card.controller != "pixel":
-            return [Conditioning(self._context, row, None, None) for row in tokens]
-        px = model.card.picture_px
-        seen = torch.stack([model.vae.preprocess(rgb, px) for rgb in pictures]).to(model.device)
-        mean, std = (moment.split(1) for moment in model.vae.moments(seen))
-        return [Conditioning(self._context, *rows) for rows in zip(tokens, mean, std, strict=True)]
+            return tokens
+        # As many at a time as a fusion encodes: another number would have kernels of its own to choose.
+        batches = model.vae.preprocess(rgb, model.card.picture_px).split(VIEWS)
+        mean, std = (torch.cat(x) for x in zip(*map(model.vae.moments, batches), strict=True))
+        return tokens._replace(mean=mean, std=std)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def over(self, colours: Sequence[tuple[float, float, float]]) -> torch.Tensor | None:
+        """The picture over some colours, 0 to 255, on the model's device: uint8 [N, 3, H, W]; None without one."""
+        if self._rgba is None:
+            return None
+        return composite(self._rgba, torch.tensor(colours, dtype=torch.float32, device=self._rgba.device))

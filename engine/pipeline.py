@@ -19,7 +19,7 @@ from .errors import InputError
 from .fuse import Fusion
 from .mesh import check_mesh_settings
 from .model import Cancel, Controller, MultiViewModel, Progress
-from .picture import PreparedPicture, Source, composite, prepare
+from .picture import PreparedPicture, Source, prepare
 from .record import Record
 from .results import Fused, Views, make_asset
 from .sampler import decode_views, sample_views
@@ -259,8 +259,8 @@ class ImageTo3D:
                 cancel=job.cancel,
             )
             images = decode_views(self.model, latents)
-        level = 255 * grey
-        prompt_seen = None if job.picture is None else composite(job.picture.rgba, (level, level, level))
+        seen = conditioner.over([(255 * grey,) * 3])
+        prompt_seen = None if seen is None else seen[0].permute(1, 2, 0).contiguous().cpu().numpy()
         return Views(images, prompt_seen, job.record.metadata)
 
     def _fuse(

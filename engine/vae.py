@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from .errors import InputError
 from .gradient_scale import GradientScale
+from .pixels import check_pictures, resize, unit
 from .vae_blocks import adopt
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class LatentCodec(nn.Module):
         return cls(vae, vae.config["scaling_factor"])
 
     @staticmethod
-    def preprocess(rgb: np.ndarray, px: int) -> Tensor:
-        """A picture, uint8 [H, W, 3], as the VAE sees it: float32 [3, px, px] in [-1, 1].
+    def preprocess(rgb: Tensor, px: int) -> Tensor:
+        """Pictures, uint8 [N, 3, H, W], as the VAE sees them: float32 [N, 3, px, px] in [-1, 1].
 
-        As the released code: squashed to a square whatever its shape, by Pillow's bilinear filter
+        As the released code: squashed to a square whatever their shape, by Pillow's bilinear filter
         (antialiased, 8-bit arithmetic). Raises :class:`~.errors.InputError` for another dtype or shape.
         """
-        picture = rgb_picture(rgb).resize((px, px), Image.Resampling.BILINEAR)
-        return unit_tensor(picture).sub(0.5).div(0.5)
+        check_pictures(rgb)
+        return unit(resize(rgb, px, px, Image.Resampling.BILINEAR)).sub(0.5).div(0.5)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, unscaled, each [N, 4, H/8, W/8].
@@ -92,15 +92,3 @@ class LatentCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, 8h, 8w], about [-1, 1] (not clamped), of scaled latents [N, 4, h, w]."""
         return self.vae.decode(latents.to(self.vae.dtype) / self.scaling_factor).sample
-
-
-def rgb_picture(rgb: np.ndarray) -> Image.Image:
-    """The Pillow picture of uint8 [H, W, 3]. Raises :class:`~.errors.InputError` for anything else."""
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
-        raise InputError(f"the picture is {rgb.dtype} {list(rgb.shape)}; the encoders take uint8 [H, W, 3]")
-    return Image.fromarray(np.ascontiguousarray(rgb))
-
-
-def unit_tensor(picture: Image.Image) -> Tensor:
-    """float32 [3, H, W] in [0, 1] of an RGB picture."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)

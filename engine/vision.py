@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from .clip_layout import without_dtype
 from .errors import InputError
-from .vae import rgb_picture, unit_tensor
+from .pixels import check_pictures, resize, unit
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
@@ -55,23 +54,22 @@ class VisionEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def preprocess(self, rgb: np.ndarray) -> Tensor:
-        """A picture, uint8 [H, W, 3], as CLIP sees it: float32 [3, px, px], normalised.
+    def preprocess(self, rgb: Tensor) -> Tensor:
+        """Pictures, uint8 [N, 3, H, W], as CLIP sees them: float32 [N, 3, px, px], normalised.
 
         As the released code: the short side to ``image_px`` by Pillow's bicubic filter (antialiased, 8-bit
         arithmetic), the centre cut out, CLIP's mean and deviation. Raises :class:`~.errors.InputError` for
         another dtype or shape.
         """
-        px = self.image_px
-        picture = rgb_picture(rgb)
-        width, height = picture.size
-        short = min(width, height)
-        if short != px:
-            width, height = (px if side == short else int(px * side / short) for side in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - px) / 2), round((height - px) / 2)
-        unit = unit_tensor(picture.crop((left, top, left + px, top + px)))
-        return unit.sub(torch.tensor(MEAN)[:, None, None]).div(torch.tensor(STD)[:, None, None])
+        check_pictures(rgb)
+        px, sides = self.image_px, rgb.shape[2:]
+        short = min(sides)
+        height, width = (px if side == short else int(px * side / short) for side in sides)
+        top, left = round((height - px) / 2), round((width - px) / 2)
+        seen = resize(rgb, height, width, Image.Resampling.BICUBIC)
+        seen = unit(seen[..., top : top + px, left : left + px])
+        mean, std = (torch.tensor(x, device=rgb.device)[:, None, None] for x in (MEAN, STD))
+        return seen.sub(mean).div(std)
 
     def hidden(self, pixels: Tensor) -> Tensor:
         """Tokens [N, T, D] that enter the last block, of pixels [N, 3, px, px]; T = (px / patch)^2 + 1.

@@ -36,14 +36,19 @@ def picture(alpha: int | None = None) -> PreparedPicture:
     return PreparedPicture(rgba)
 
 
+def over(rgba: np.ndarray, *colour: float) -> torch.Tensor:
+    """uint8 [1, 3, H, W]."""
+    return composite(torch.from_numpy(rgba), torch.tensor([colour]))
+
+
 @pytest.mark.parametrize("controller", WITH_PICTURE)
 def test_rows_are_prompt_and_nothing(controller):
     model = tiny(controller)
     assert model.vision is not None
     got = Conditioner(model, picture(), "a cat", "ugly").at((0.2, 0.4, 1.0))
-    rgb = composite(picture().rgba, (51, 102, 255))
+    rgb = over(picture().rgba, 51, 102, 255)
     encode = model.vision.pooled if controller == "global" else model.vision.hidden
-    features = encode(model.vision.preprocess(rgb)[None])
+    features = encode(model.vision.preprocess(rgb))
     assert torch.equal(got.context[:1], model.text(["a cat"]))
     assert torch.equal(got.context[1:], model.text(["ugly"]))
     assert torch.equal(given(got.image_tokens)[:1], model.unet.embed_image(features))
@@ -56,8 +61,8 @@ def test_rows_are_prompt_and_nothing(controller):
 def test_pixel_keeps_the_posterior_of_the_composite():
     model = tiny("pixel")
     got = Conditioner(model, picture()).at_grey(0.25)
-    seen = model.vae.preprocess(composite(picture().rgba, (63, 63, 63)), model.card.picture_px)
-    mean, std = model.vae.moments(seen[None])
+    seen = model.vae.preprocess(over(picture().rgba, 63, 63, 63), model.card.picture_px)
+    mean, std = model.vae.moments(seen)
     assert torch.equal(given(got.image_mean), mean)
     assert torch.equal(given(got.image_std), std)
 
@@ -91,15 +96,15 @@ def test_only_the_integer_level_counts_and_is_computed_once(monkeypatch):
     conditioner = Conditioner(tiny("local"), picture())
     calls = []
 
-    def counted(rgba, colour):
-        calls.append(colour)
-        return composite(rgba, colour)
+    def counted(rgba, colours):
+        calls.append(colours.tolist())
+        return composite(rgba, colours)
 
     monkeypatch.setattr(module, "composite", counted)
     low = conditioner.at_grey(100.2 / 255)
     assert conditioner.at_grey(100.9 / 255) is low
     assert conditioner.at((100.5 / 255,) * 3) is low
-    assert calls == [(100, 100, 100)]
+    assert calls == [[[100, 100, 100]]]
     above = conditioner.at_grey(101.1 / 255)
     assert above.context is low.context
     assert not torch.equal(given(above.image_tokens), given(low.image_tokens))
@@ -138,10 +143,10 @@ def test_tensors_are_ordinary_and_without_gradient_whoever_asks_first():
 
 def test_truncating_the_grey_stays_within_one_level_of_the_released_composite():
     grey = 0.37 * 255  # 94.35: recorded at this level, with soft alpha
-    released = RECORDED["pixel.composite"]
-    assert np.array_equal(composite(RECORDED["pixel.prompt_rgba"], (grey, grey, grey)), released)
-    ours = composite(RECORDED["pixel.prompt_rgba"], (94.0, 94.0, 94.0))
-    assert np.abs(ours.astype(int) - released).max() == 1
+    released = torch.from_numpy(RECORDED["pixel.composite"]).permute(2, 0, 1)
+    rgba = RECORDED["pixel.prompt_rgba"]
+    assert torch.equal(over(rgba, grey, grey, grey)[0], released)
+    assert (over(rgba, 94, 94, 94)[0].int() - released).abs().max() == 1
 
 
 def test_identity_names_what_the_conditions_depend_on():

@@ -55,21 +55,41 @@ def visible_box(rgba: np.ndarray) -> tuple[float, float, float, float]:
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
+def over(rgba: np.ndarray, *colour: float) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return composite(torch.from_numpy(rgba), torch.tensor([colour]))[0].permute(1, 2, 0).numpy()
+
+
 @pytest.mark.parametrize("case", range(len(RECORDED["greys"])))
 def test_composite_equals_the_released_code_bit_for_bit(case):
     grey = float(RECORDED["greys"][case])
-    assert np.array_equal(composite(RECORDED["rgba"], (grey,) * 3), RECORDED["composites"][case])
+    assert np.array_equal(over(RECORDED["rgba"], grey, grey, grey), RECORDED["composites"][case])
 
 
 @pytest.mark.parametrize("grey", ["200.0", "37.25"])
 def test_composite_of_a_recorded_prompt(grey):
-    assert np.array_equal(composite(RECORDED["prompt"], (float(grey),) * 3), RECORDED[f"bg{grey}.composite"])
+    level = float(grey)
+    assert np.array_equal(over(RECORDED["prompt"], level, level, level), RECORDED[f"bg{grey}.composite"])
 
 
 def test_composite_takes_a_colour_and_truncates():
     rgba = np.array([[[10, 20, 30, 128], [1, 2, 3, 0], [7, 8, 9, 255]]], np.uint8)
     # 10 * 128/255 + 255 * 127/255 = 132.02; 20 * 128/255 = 10.04; 30 * 128/255 + 100 * 127/255 = 64.86
-    assert composite(rgba, (255.0, 0.0, 100.9)).tolist() == [[[132, 10, 65], [255, 0, 100], [7, 8, 9]]]
+    assert over(rgba, 255.0, 0.0, 100.9).tolist() == [[[132, 10, 65], [255, 0, 100], [7, 8, 9]]]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_composite_over_every_grey_is_numpys_float32_to_the_bit(device):
+    """Each level before each alpha, over each grey: all that can happen."""
+    colour, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    rgba = np.stack([colour, colour[:, ::-1], colour[::-1], alpha], axis=-1)
+    greys = torch.arange(256.0, device=device)[:, None].expand(-1, 3)
+    got = composite(torch.from_numpy(rgba).to(device), greys).cpu().numpy()
+    share = alpha.astype(np.float32) / 255.0
+    front = rgba[..., :3] * share[..., None]
+    for grey, found in enumerate(got):
+        want = (front + np.float32(grey) * (1 - share)[..., None]).astype(np.uint8)
+        assert np.array_equal(found, want.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("form", ["path", "str", "bytes", "pil", "hwc", "chw", "float", "tensor", "half"])
@@ -271,7 +291,7 @@ def test_no_fringes(size, shape):
     assert np.abs(prepared[visible][:, :3].astype(int) - RED).max() <= 1
     assert (prepared[~visible] == 0).all()
     assert 0 < (prepared[visible][:, 3] < 255).mean() < 0.6  # the soft edge is still there
-    edge = composite(prepared, RED)
+    edge = over(prepared, *RED)
     assert np.abs(edge.astype(int) - RED).max() <= 2
 
 

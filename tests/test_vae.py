@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -168,30 +167,30 @@ def test_moments_reject_other_shapes(small: LatentCodec, shape: tuple[int, ...])
 
 def test_preprocessing_equals_the_released_code() -> None:
     recorded = load_file(FIXTURES / "encoder_inputs.safetensors")
-    pixels = LatentCodec.preprocess(recorded["composite_u8"].numpy(), 256)
+    pixels = LatentCodec.preprocess(recorded["composite_u8"].permute(2, 0, 1)[None], 256)
     assert pixels.dtype == torch.float32
-    assert float((pixels - recorded["vae_input"]).abs().max()) <= 1e-6
+    assert float((pixels[0] - recorded["vae_input"]).abs().max()) <= 1e-6
 
 
 def test_preprocessing_maps_black_and_white_to_the_ends() -> None:
-    picture = np.zeros((6, 4, 3), dtype=np.uint8)
-    picture[:, :, 1] = 255
-    pixels = LatentCodec.preprocess(picture, 8)
-    assert pixels.shape == (3, 8, 8)
+    pictures = torch.zeros(2, 3, 6, 4, dtype=torch.uint8)
+    pictures[1, 2] = 255
+    pixels = LatentCodec.preprocess(pictures, 8)
+    assert pixels.shape == (2, 3, 8, 8)
     assert pixels[0].eq(-1).all()
-    assert pixels[1].eq(1).all()
+    assert pixels[1, 2].eq(1).all()
 
 
 @pytest.mark.parametrize(
     "picture",
     [
-        np.zeros((4, 4, 4), np.uint8),
-        np.zeros((4, 4, 3), np.float32),
-        np.zeros((4, 4), np.uint8),
-        np.zeros((0, 4, 3), np.uint8),
+        torch.zeros(1, 4, 4, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, 4, 4),
+        torch.zeros(3, 4, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, 0, 4, dtype=torch.uint8),
     ],
     ids=["RGBA", "float", "grey", "empty"],
 )
-def test_preprocessing_rejects_other_pictures(picture: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"uint8 \[H, W, 3\]"):
+def test_preprocessing_rejects_other_pictures(picture: Tensor) -> None:
+    with pytest.raises(InputError, match=r"uint8 \[N, 3, H, W\]"):
         LatentCodec.preprocess(picture, 8)
