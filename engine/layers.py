@@ -4,6 +4,7 @@ parameters that checkpoints have in pieces; convolutions whose bias costs nothin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,6 +103,34 @@ class Convolution(KernelLayer, nn.Conv2d):
         else:
             return bias_residual(self._conv_forward(x, self.weight, None), self.bias, residual, self.backend)
         return y if residual is None else y + residual
+
+
+class Derived:
+    """A tensor computed from a frozen parameter, kept until the parameter is another one or was written to.
+
+    What CUDA graphs or ``parameter.data`` write goes unnoticed, so this is for weights in their final, half precision.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        self.compute = compute
+        self._of: tuple[int, ...] | None = None
+
+    def at(self, parameter: Tensor) -> Tensor | None:
+        """None where it cannot be kept: of a parameter that is trained, or cannot tell whether it was written to.
+
+        Nor while a CUDA graph is captured, in whose memory it would lie, or a network is compiled or exported.
+        """
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return None
+        if parameter.requires_grad or parameter.is_inference():
+            return None
+        of = (id(parameter), parameter.data_ptr(), parameter._version)
+        if of != self._of:
+            if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                self._value, self._of = self.compute(parameter), of
+        return self._value
 
 
 class StackedParameters(nn.Module):

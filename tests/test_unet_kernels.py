@@ -9,6 +9,7 @@ import pytest
 import torch
 from operators import Operators
 from torch import Tensor
+from torch.nn import functional
 
 from imagedream_rt.engine import blocks, unet
 from imagedream_rt.engine.blueprint import fill
@@ -154,6 +155,120 @@ def test_channels_last_maps_flow_without_copies() -> None:
         kept = network(**given, keep=2)
     assert ran.rearranging() == {"clone": 2}  # tokens and their attention, of the frames that go on
     assert kept.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)], ids=str)
+def test_doubling_folds_into_a_transposed_convolution(size: tuple[int, int]) -> None:
+    x, weight = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    wanted = functional.conv2d(functional.interpolate(x, scale_factor=2.0), weight, padding=1)
+    folded = blocks.folded_doubling(weight)
+    torch.testing.assert_close(functional.conv_transpose2d(x, folded, stride=2, padding=1), wanted)
+
+
+class Upsampled:
+    """An upsampling in float16 on kernels, that folds maps of any size; counts foldings."""
+
+    def __init__(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        self.foldings = 0
+        monkeypatch.setattr(blocks.Upsample, "LEAST_PIXELS", 4)
+        self.layer = blocks.Upsample(16).to(device, torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layer.requires_grad_(False)
+        use_kernels(self.layer, "triton")
+        fold = self.layer.folded.compute
+
+        def counted(weight: Tensor) -> Tensor:
+            self.foldings += 1
+            return fold(weight)
+
+        self.layer.folded.compute = counted
+        self.x = torch.randn(2, 16, 2, 1, device=device).half().contiguous(memory_format=torch.channels_last)
+
+    def error(self) -> float:
+        """Against the same weights in float32, doubled and convolved."""
+        conv = self.layer.conv
+        assert conv.bias is not None
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            doubled = functional.interpolate(self.x.float(), scale_factor=2.0)
+            wanted = functional.conv2d(doubled, conv.weight.float(), conv.bias.float(), padding=1)
+        found = self.layer(self.x)
+        assert found.dtype == torch.float16
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        return relative_error(found, wanted)
+
+
+@pytest.fixture
+def upsampled(kernel_device: torch.device, untuned: None, monkeypatch: pytest.MonkeyPatch) -> Upsampled:
+    return Upsampled(kernel_device, monkeypatch)
+
+
+def test_folded_weights_are_kept_until_the_weights_change(upsampled: Upsampled) -> None:
+    layer = upsampled.layer
+    with torch.inference_mode():  # what is kept serves others, too
+        assert upsampled.error() <= 1e-3
+    x = upsampled.x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).float().square().sum(), x)
+    assert gradient.isfinite().all()
+    assert upsampled.foldings == 1
+    layer.conv.weight.mul_(-2.0)
+    assert upsampled.error() <= 1e-3
+    other = {name: torch.randn_like(value) for name, value in layer.state_dict().items()}
+    for assign in (False, True):
+        layer.load_state_dict({name: value + assign for name, value in other.items()}, assign=assign)
+        layer.requires_grad_(False)
+        assert upsampled.error() <= 1e-3
+    layer.float().half()
+    assert upsampled.error() <= 1e-3
+    assert upsampled.foldings == 5
+    assert list(layer.state_dict()) == ["conv.weight", "conv.bias"]
+
+
+def test_a_graphs_key_sees_what_is_written_to_folded_weights() -> None:
+    network = random_unet(UNetConfig(**{**vars(SMALL), "channel_mult": (1, 2), "transformer_levels": (0, 1)}))
+    before = network.weights_seen
+    assert before == network.weights_seen
+    network.load_state_dict(network.state_dict())
+    assert before[0] == network.weights_seen[0]
+    assert before[1:] != network.weights_seen[1:]
+
+
+def test_a_copy_folds_its_own_weights(upsampled: Upsampled) -> None:
+    assert upsampled.error() <= 1e-3
+    upsampled.layer = copy.deepcopy(upsampled.layer)
+    upsampled.layer.conv.weight.add_(1.0)
+    assert upsampled.error() <= 1e-3
+
+
+@pytest.mark.parametrize("why", ["trained", "float32", "small", "torch", "autocast"])
+def test_what_is_not_folded(upsampled: Upsampled, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    layer = upsampled.layer
+    if why == "trained":
+        layer.requires_grad_(True)
+    elif why == "float32":
+        layer.float()
+        upsampled.x = upsampled.x.float()
+    elif why == "small":
+        monkeypatch.setattr(blocks.Upsample, "LEAST_PIXELS", 5)
+    elif why == "torch":
+        use_kernels(layer, "torch")
+    with torch.autocast(upsampled.x.device.type, torch.float16, enabled=why == "autocast"):
+        layer(upsampled.x)
+    assert upsampled.foldings == 0
+
+
+@pytest.mark.gpu
+def test_a_captured_network_folds_before_its_capture(upsampled: Upsampled) -> None:
+    """What lies in a graph's memory must not be kept: so a capture without a call before it does not fold."""
+    graph = torch.cuda.CUDAGraph()
+    wanted = upsampled.layer(upsampled.x)
+    with torch.cuda.graph(graph):
+        found = upsampled.layer(upsampled.x)
+    graph.replay()
+    torch.testing.assert_close(found, wanted)
+    upsampled.layer.conv.weight.mul_(2.0)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        upsampled.layer(upsampled.x)
+    assert upsampled.foldings == 1
 
 
 def test_stacked_projections_keep_their_released_names() -> None:
