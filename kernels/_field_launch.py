@@ -1,4 +1,5 @@
-"""How the radiance field's kernels are launched: as many programs as run at once, each over its share of the points."""
+"""How the radiance field's kernels are launched: forward over all points at once, backward over a part of them after
+another, so that what is kept of a part on its way is small and stays in the cache."""
 
 from __future__ import annotations
 
@@ -10,13 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._field_kernels import UNITS, backward_kernel, forward_kernel
+from ._field_kernels import backward_kernel, forward_kernel, prepare_kernel
 from ._field_network import count_levels, field_levels
 from ._grid_lookup import GridLevel
+from ._hash_grid_kernels import launch_encode, scatter, summed, zero_sums
 from ._tuning import Launch, Tuned
 
 PROGRAMS = 8
-"""Programs on each multiprocessor, at least as many as fit."""
+"""Forward: programs on each multiprocessor, at least as many as fit."""
+
+WARPS_AT_ONCE = 8
+"""Backward: as many as the registers of a multiprocessor hold: each program has sums of its own to add at its end."""
+
+PART = 2**18
+"""Backward: most points of a part. With 16 levels and normals it takes 280 bytes for each."""
+
+ALIGNED = 128
+"""Backward: points of a part are a multiple of these, for aligned access."""
+
+PREPARED = 256
+"""Points of a program that prepares the backward passes."""
 
 MANY = 2**17
 """With fewer points than these a launch matters little, and is not looked for."""
@@ -28,9 +42,9 @@ def _forward_candidates(normals: bool, levels: int, hidden: int, number: int, ma
     return [Launch.of(BLOCK=block, warps=warps, stages=1) for block, warps in sizes]
 
 
-def _backward_candidates(normals: bool, levels: int, hidden: int, number: int, many: bool) -> list[Launch]:
-    sizes = ((16, 4, 8), (16, 4, 4), (32, 2, 8), (64, 1, 8), (32, 4, 8)) if many else ((16, 4, 8),)
-    return [Launch.of(GROUPS=groups, RUN=run, warps=warps, stages=1) for groups, run, warps in sizes]
+def _backward_candidates(normals: bool, colour: bool, width: int, hidden: int, many: bool) -> list[Launch]:
+    sizes = ((64, 4), (128, 8), (64, 8), (32, 4)) if many else ((64, 4),)
+    return [Launch.of(BLOCK=block, warps=warps, stages=1) for block, warps in sizes]
 
 
 FORWARD = Tuned("radiance_field", forward_kernel, _forward_candidates)
@@ -59,12 +73,12 @@ def _key(
     return normal is not None, *sizes, len(points) >= MANY
 
 
-def _programs(points: Tensor, block: int) -> tuple[int]:
-    """As many programs as run at once: each goes over its share of the blocks."""
+def _programs(points: Tensor, block: int, each: int) -> tuple[int]:
+    """As many programs as run at once, ``each`` on a multiprocessor: each goes over its share of the blocks."""
     blocks = -(-len(points) // block)
     if not points.is_cuda:
         return (min(blocks, 3),)
-    return (min(blocks, PROGRAMS * torch.cuda.get_device_properties(points.device).multi_processor_count),)
+    return (min(blocks, each * torch.cuda.get_device_properties(points.device).multi_processor_count),)
 
 
 def launch_forward(
@@ -82,7 +96,7 @@ def launch_forward(
     bias = settings.blob_strength, settings.blob_radius
 
     def run(launch: Launch) -> None:
-        forward_kernel[_programs(points, launch["BLOCK"])](
+        forward_kernel[_programs(points, launch["BLOCK"], PROGRAMS)](
             *(points, entries, parameters, *weights, count, *results, len(points), *bias),
             **constants,
             **launch.options,
@@ -100,34 +114,81 @@ def launch_backward(
 
     Under :func:`torch.use_deterministic_algorithms` they are summed in whole numbers, which takes no order.
     """
-    points, entries, *others = saved
-    weights = others[:4]
-    upstream = [None if grad is None else grad.contiguous() for grad in upstream]
-    learnt: list[Tensor | None] = [entries, *weights]
-    if upstream[1] is None:
-        learnt[3:] = [None, None]
-
-    whole = torch.are_deterministic_algorithms_enabled()
-    dtype = torch.int64 if whole else torch.float32
-
-    def zeros() -> list[Tensor | None]:
-        return [None if tensor is None else torch.zeros_like(tensor, dtype=dtype) for tensor in learnt]
-
-    grads = zeros()
+    points, entries, *weights, count, sigma, albedo, normal, inverse = saved
+    learnt = [entries, *weights] if upstream[1] is not None else [entries, *weights[:2]]
+    sums = [zero_sums(tensor.shape, tensor.device) for tensor in learnt]
     if len(points):
-        parameters, constants = field_levels(settings.levels, points.device), settings.constants(weights[0])
+        by_point = [points, sigma, albedo, normal, inverse]
+        by_point += [None if grad is None else grad.contiguous() for grad in upstream]
+        _add_parts(by_point, entries, weights, count, settings, sums)
+    return (*(summed(total) for total in sums), *(None for _ in range(5 - len(sums))))
 
-        def run(targets: Sequence[Tensor | None], launch: Launch) -> None:
-            backward_kernel[_programs(points, launch["GROUPS"] * launch["RUN"])](
-                *(points, entries, parameters, *weights, *others[4:], *upstream, *targets, len(points)),
-                **constants,
-                WHOLE=whole,
-                **launch.options,
-            )
 
-        scratch = cache(zeros)
-        key = _key(points, entries, upstream[2], constants)
-        run(grads, BACKWARD.choose(points.device, key, lambda launch: run(scratch(), launch)))
-    if whole:
-        grads = [None if grad is None else (grad.double() / UNITS).float() for grad in grads]
-    return tuple(grads)
+def _add_parts(
+    by_point: Sequence[Tensor | None],
+    entries: Tensor,
+    weights: Sequence[Tensor],
+    count: Tensor | None,
+    settings: Settings,
+    sums: Sequence[Tensor],
+) -> None:
+    """As :func:`_add_part`, a part of the points after another."""
+    points = by_point[0]
+    assert points is not None
+    # Parts of one size, so that what is chosen for one fits all.
+    parts = -(-len(points) // PART)
+    size = -(-len(points) // (parts * ALIGNED)) * ALIGNED
+    starts = range(0, len(points), size)
+    counts: Sequence[Tensor | None] = [None] * len(starts)
+    if count is not None:
+        behind = torch.arange(0, len(points), size, dtype=torch.int32, device=count.device)
+        counts = (count - behind).split(1)
+    width, normals = weights[0].shape[1], by_point[-1] is not None
+    work = points.new_empty((2 if normals else 1) * (width + 3), size)
+    for start, valid in zip(starts, counts, strict=True):
+        part = [None if tensor is None else tensor[start : start + size] for tensor in by_point]
+        _add_part(part, entries, weights, valid, settings, work, sums)
+
+
+def _add_part(
+    by_point: Sequence[Any],
+    entries: Tensor,
+    weights: Sequence[Tensor],
+    count: Tensor | None,
+    settings: Settings,
+    work: Tensor,
+    sums: Sequence[Tensor],
+) -> None:
+    """Add the gradients of some points to ``sums``; ``work`` [2 (WIDTH_IN + 3) or, without normals, half, size]."""
+    points, sigma, albedo, normal, inverse, grad_sigma, grad_albedo, grad_normal = by_point
+    n, size, width = len(points), work.shape[1], weights[0].shape[1]
+    value, unit = work[:width], work[width : width + 3]
+    slope, along = (None, None) if grad_normal is None else (work[-width - 3 : -3], work[-3:])
+    constants = settings.constants(weights[0])
+    constants["WIDTH"] = 2 * constants.pop("LEVELS")
+    targets = [*sums[1:], *(None for _ in range(5 - len(sums)))]
+    given = (*weights, count, sigma, albedo, grad_sigma, grad_albedo)
+
+    def run(launch: Launch, targets: Sequence[Tensor | None]) -> None:
+        programs = _programs(points, launch["BLOCK"], max(1, WARPS_AT_ONCE // launch.warps))
+        backward_kernel[programs](value, slope, *given, *targets, n, size, **constants, **launch.options)
+
+    scratch = cache(lambda: [None if target is None else torch.zeros_like(target) for target in targets])
+    key = (slope is not None, grad_albedo is not None, constants["WIDTH"], constants["HIDDEN"], n >= MANY)
+    # Before anything is in the work space: to try it out writes there.
+    chosen = BACKWARD.choose(points.device, key, lambda launch: run(launch, scratch()))
+    prepare_kernel[(-(-n // PREPARED),)](
+        *(points, normal, grad_normal, inverse, unit, along, n, size), BLOCK=PREPARED
+    )
+    x, vectors = unit[:, :n].t(), None if along is None else along[:, :n].t()
+    launch_encode(x, entries, settings.levels, count, vectors, value, slope)
+    run(chosen, targets)
+    scatter(
+        sums[0],
+        x,
+        settings.levels,
+        count,
+        vectors,
+        value[:, :n],
+        None if slope is None else slope[:, :n],
+    )

@@ -35,13 +35,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl
+from ._triton import constant, jit, tl
 
 PRIMES = (1, 2654435761, 805459861)
 """Multipliers of the spatial hash (Mueller et al. 2022, equation 4)."""
 
 MOST_NUMBERS = 2**31
 """Kernels number a table's features with 32 bits, for the registers' sake: rows x features stays below this."""
+
+UNITS = 2.0**44
+"""Of a gradient that is summed in whole numbers: they span +-2^19 in steps of 2^-44."""
+_UNITS = constant(UNITS)
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,14 @@ def corner_shares(fraction, level, g, slopes):
 
 
 @jit
+def add_to(p, value, m):
+    """Programs add in any order: to floats, which round on the way, or to int64 in UNITS, which do not."""
+    if p.dtype.element_ty == tl.int64:
+        value = (value * _UNITS).to(tl.int64)
+    tl.atomic_add(p, value, mask=m, sem="relaxed")
+
+
+@jit
 def _add_edge(p_grad, cell, level, m, lower, upper, Y: tl.constexpr, Z: tl.constexpr, F: tl.constexpr):
     """Add to both ends of an edge in x, in one operation where they fill an aligned pair of rows.
 
@@ -231,11 +243,11 @@ def _add_edge(p_grad, cell, level, m, lower, upper, Y: tl.constexpr, Z: tl.const
 
 @jit
 def add_to_corners(p_grad, cell, level, m, shares, F: tl.constexpr, PAIRS: tl.constexpr):
-    """Add :func:`corner_shares` to the table's gradient, float32, where ``m`` [*S].
+    """Add :func:`corner_shares` to the table's gradient, float32 or int64 as for :func:`add_to`, where ``m`` [*S].
 
-    The additions are atomic and come in any order, so the last bits differ from run to run. What limits them
-    is their number, not their width up to four numbers: with PAIRS there are six to a point in place of eight,
-    on devices that :func:`adds_vectors`.
+    The additions are atomic and come in any order, so the last bits of floats differ from run to run. What
+    limits them is their number, not their width up to four floats: with PAIRS there are six to a point in place
+    of eight, on devices that :func:`adds_vectors`.
     """
     if PAIRS:
         for edge in tl.static_range(4):
@@ -244,5 +256,4 @@ def add_to_corners(p_grad, cell, level, m, shares, F: tl.constexpr, PAIRS: tl.co
     else:
         for corner in tl.static_range(8):
             row = corner_row(cell, level, corner & 1, corner >> 1 & 1, corner >> 2)
-            p_row = p_grad + _numbers(row, F)
-            tl.atomic_add(p_row, shares[corner], mask=tl.expand_dims(m, -1), sem="relaxed")
+            add_to(p_grad + _numbers(row, F), shares[corner], tl.expand_dims(m, -1))

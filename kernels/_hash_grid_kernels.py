@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._grid_lookup import (
+    UNITS,
     GridLevel,
     add_to_corners,
     adds_vectors,
@@ -34,7 +35,7 @@ REGIONS = 64
 
 
 _SIZES = (
-    *("N", "regions", "stride_point", "stride_axis"),
+    *("N", "row", "regions", "stride_point", "stride_axis"),
     *("value_row", "value_point", "slope_row", "slope_axis", "slope_point"),
 )
 """Arguments whose values must not make other kernels: the number of points is another one at every step."""
@@ -63,6 +64,13 @@ def _column(features, number: tl.constexpr, F: tl.constexpr):
 
 
 @jit
+def _store_columns(p, stride, features, m, F: tl.constexpr):
+    """Features [POINTS, F], to F rows that lie ``stride`` apart."""
+    for number in tl.static_range(F):
+        tl.store(p + number * stride, _column(features, number, F), mask=m)
+
+
+@jit
 def _load_columns(p, stride, m, F: tl.constexpr):
     """F blocks of numbers, ``stride`` apart, as [POINTS, F]."""
     columns = tl.expand_dims(tl.zeros_like(m).to(tl.float32), -1)
@@ -72,22 +80,28 @@ def _load_columns(p, stride, m, F: tl.constexpr):
     return columns
 
 
-@jit(do_not_specialize=_SIZES)
+@jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("p_count",))
 def encode_kernel(
     p_x,
     p_table,
     p_levels,
     p_count,
+    p_along,
     p_value,
     p_slope,
     N,
+    row,
     stride_point,
     stride_axis,
     LEVELS: tl.constexpr,
     F: tl.constexpr,
     POINTS: tl.constexpr,
 ):
-    """Program (block of points, level). p_value [L, F, N], p_slope [L, F, 3, N] or None."""
+    """Program (block of points, level).
+
+    p_value [L, F, row]; p_slope [L, F, 3, row], or [L, F, row] of slopes along the vectors p_along, arranged as
+    the points are, or None.
+    """
     n = _valid(p_count, N)
     if tl.program_id(0) * POINTS >= n:
         return
@@ -102,13 +116,15 @@ def encode_kernel(
         value = lookup(p_table, cell, fraction, level, m, F)
     else:
         value, dx, dy, dz = lookup_with_slopes(p_table, cell, fraction, level, m, F)
-        for f in tl.static_range(F):
-            p_row = p_slope + (first + f) * 3 * N + o
-            tl.store(p_row, _column(dx, f, F), mask=m)
-            tl.store(p_row + N, _column(dy, f, F), mask=m)
-            tl.store(p_row + 2 * N, _column(dz, f, F), mask=m)
-    for f in tl.static_range(F):
-        tl.store(p_value + (first + f) * N + o, _column(value, f, F), mask=m)
+        if p_along is None:
+            _store_columns(p_slope + first * 3 * row + o, 3 * row, dx, m, F)
+            _store_columns(p_slope + (first * 3 + 1) * row + o, 3 * row, dy, m, F)
+            _store_columns(p_slope + (first * 3 + 2) * row + o, 3 * row, dz, m, F)
+        else:
+            ax, ay, az = _load_points(p_along, o, m, stride_point, stride_axis)
+            slope = ax[:, None] * dx + ay[:, None] * dy + az[:, None] * dz
+            _store_columns(p_slope + first * row + o, row, slope, m, F)
+    _store_columns(p_value + first * row + o, row, value, m, F)
 
 
 @jit
@@ -129,6 +145,7 @@ def _sum_where(m, a, b):
 @jit
 def _shares_of_points(
     p_x,
+    p_along,
     p_value,
     p_slope,
     o,
@@ -153,6 +170,10 @@ def _shares_of_points(
         g = _load_columns(p_value + o * value_point, value_row, m, F)
     if p_slope is None:
         slopes = None
+    elif p_along is not None:
+        slope = _load_columns(p_slope + o * slope_point, slope_row, m, F)
+        ax, ay, az = _load_points(p_along, o, m, stride_point, stride_axis)
+        slopes = (ax[:, None] * slope, ay[:, None] * slope, az[:, None] * slope)
     else:
         p_axis = p_slope + o * slope_point
         gx = _load_columns(p_axis, slope_row, m, F)
@@ -162,12 +183,13 @@ def _shares_of_points(
     return cell, corner_shares(fraction, level, g, slopes)
 
 
-@jit(do_not_specialize=_SIZES)
+@jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("p_count",))
 def scatter_kernel(
     p_x,
     p_grad,
     p_levels,
     p_count,
+    p_along,
     p_value,
     p_slope,
     N,
@@ -186,7 +208,7 @@ def scatter_kernel(
     PAIRS: tl.constexpr,
 ):
     """Program (block of RUN POINTS points, level). p_value, p_slope: gradients of what :func:`encode_kernel`
-    writes; one may be None.
+    writes with or without p_along; one may be None.
 
     Neighbouring points are samples of a ray: many share a cell of the coarse levels, and additions to the
     same entry wait for each other. So a thread takes RUN neighbours, one after another, and adds for those in
@@ -209,6 +231,7 @@ def scatter_kernel(
     m = o < n
     cell, shares = _shares_of_points(
         p_x,
+        p_along,
         p_value,
         p_slope,
         o,
@@ -228,6 +251,7 @@ def scatter_kernel(
         m_next = o + step < n
         cell_next, shares_next = _shares_of_points(
             p_x,
+            p_along,
             p_value,
             p_slope,
             o + step,
@@ -265,47 +289,82 @@ def encode(
     n, features = len(x), entries.shape[1]
     value = x.new_empty(len(levels) * features, n)
     slope = x.new_empty(len(levels) * features, 3, n) if jacobian else None
-    if n:
-        parameters = level_parameters(levels, x.device)
-        encode_kernel[-(-n // POINTS), len(levels)](
-            *(x, entries.contiguous(), parameters, count, value, slope, n, *x.stride()),
-            LEVELS=padded(levels),
-            F=features,
-            POINTS=POINTS,
-            num_warps=WARPS,
-        )
+    launch_encode(x, entries, levels, count, None, value, slope)
     return value, slope
 
 
-def scatter_gradients(
+def launch_encode(
     x: Tensor,
-    shape: torch.Size,
+    entries: Tensor,
     levels: tuple[GridLevel, ...],
-    grad_value: Tensor | None,
-    grad_slope: Tensor | None,
     count: Tensor | None,
-) -> Tensor:
-    """The gradient, float32 [P, F] = ``shape``, by the entries of :func:`encode`."""
-    grad = x.new_zeros(shape)
-    if len(x) and not (grad_value is None and grad_slope is None):
-        strides = (0, 0) if grad_value is None else grad_value.stride()
-        strides += (0, 0, 0) if grad_slope is None else grad_slope.stride()
+    along: Tensor | None,
+    value: Tensor,
+    slope: Tensor | None,
+) -> None:
+    """Write the value [L F, N] and the slopes [L F, 3, N] or, along vectors [N, 3] with x's strides, [L F, N].
+
+    The results may be the first columns of wider ones, the same for both.
+    """
+    if len(x):
         parameters = level_parameters(levels, x.device)
-        pairs = shape[1] <= 2 and adds_vectors(x.device)
+        encode_kernel[-(-len(x) // POINTS), len(levels)](
+            *(x, entries.contiguous(), parameters, count, along, value, slope, len(x), value.stride(0)),
+            *x.stride(),
+            LEVELS=padded(levels),
+            F=entries.shape[1],
+            POINTS=POINTS,
+            num_warps=WARPS,
+        )
 
-        def run(target: Tensor, launch: Launch) -> None:
-            blocks = -(-len(x) // (launch["RUN"] * launch["POINTS"]))
-            regions = min(REGIONS, blocks)
-            scatter_kernel[-(-blocks // regions) * regions, len(levels)](
-                *(x, target, parameters, count, grad_value, grad_slope, len(x), regions),
-                *(*x.stride(), *strides),
-                LEVELS=padded(levels),
-                F=shape[1],
-                PAIRS=pairs,
-                **launch.options,
-            )
 
-        scratch = cache(lambda: torch.zeros_like(grad))
-        key = (shape[1], grad_slope is not None, pairs, len(x).bit_length())
-        run(grad, _TUNED.choose(x.device, key, lambda launch: run(scratch(), launch)))
-    return grad
+def zero_sums(shape: torch.Size, device: torch.device) -> Tensor:
+    """Where a gradient is summed: float32, in any order, or under :func:`torch.use_deterministic_algorithms` int64
+    in UNITS, where order does not matter."""
+    whole = torch.are_deterministic_algorithms_enabled()
+    return torch.zeros(shape, dtype=torch.int64 if whole else torch.float32, device=device)
+
+
+def summed(sums: Tensor) -> Tensor:
+    """The gradient, float32, of what was added to :func:`zero_sums`."""
+    return (sums.double() / UNITS).float() if sums.dtype == torch.int64 else sums
+
+
+def scatter(
+    sums: Tensor,
+    x: Tensor,
+    levels: tuple[GridLevel, ...],
+    count: Tensor | None,
+    along: Tensor | None,
+    value: Tensor | None,
+    slope: Tensor | None,
+) -> None:
+    """Add the gradient by the entries to ``sums`` [P, F] of :func:`zero_sums`.
+
+    ``value`` and ``slope`` are the gradients, in any layout, of what :func:`launch_encode` writes.
+    """
+    if not len(x) or (value is None and slope is None):
+        return
+    strides = (0, 0) if value is None else value.stride()
+    if slope is None:
+        strides += (0, 0, 0)
+    else:
+        strides += slope.stride() if along is None else (slope.stride(0), 0, slope.stride(1))
+    parameters = level_parameters(levels, x.device)
+    features = sums.shape[1]
+    pairs = features <= 2 and sums.dtype == torch.float32 and adds_vectors(x.device)
+
+    def run(target: Tensor, launch: Launch) -> None:
+        blocks = -(-len(x) // (launch["RUN"] * launch["POINTS"]))
+        regions = min(REGIONS, blocks)
+        scatter_kernel[-(-blocks // regions) * regions, len(levels)](
+            *(x, target, parameters, count, along, value, slope, len(x), regions, *x.stride(), *strides),
+            LEVELS=padded(levels),
+            F=features,
+            PAIRS=pairs,
+            **launch.options,
+        )
+
+    scratch = cache(lambda: torch.zeros_like(sums))
+    key = (features, slope is not None, pairs, len(x).bit_length())
+    run(sums, _TUNED.choose(x.device, key, lambda launch: run(scratch(), launch)))

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._grid_lookup import MOST_NUMBERS, PRIMES, GridLevel
-from ._hash_grid_kernels import encode, scatter_gradients
+from ._hash_grid_kernels import encode, scatter, summed, zero_sums
 from ._triton import KernelBackend, use_triton
 from .perceptron import blocks
 
@@ -201,8 +201,9 @@ class _Kernels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_value: Tensor | None, grad_slope: Tensor | None = None) -> Any:
         x, count = ctx.saved_tensors
-        grad = scatter_gradients(x, ctx.table_shape, ctx.levels, grad_value, grad_slope, count)
-        return None, grad.to(ctx.table_dtype), None, None, None, None
+        sums = zero_sums(ctx.table_shape, x.device)
+        scatter(sums, x, ctx.levels, count, None, grad_value, grad_slope)
+        return None, summed(sums).to(ctx.table_dtype), None, None, None, None
 
 
 def _check(
@@ -287,8 +288,9 @@ def hash_encode(
     With ``count``, int32 [1] on the same device, only the first ``count`` points are looked up: rows behind
     them are undefined, and their gradients are ignored. The host never waits for it.
 
-    On a GPU gradients are added by atomic operations, in any order: their last bits differ from run to run.
-    ``backend="torch"`` on a CPU, or with ``torch.use_deterministic_algorithms``, repeats exactly.
+    On a GPU gradients are added by atomic operations, in any order: their last bits differ from run to run, but
+    under :func:`torch.use_deterministic_algorithms`. Then the kernel sums them in steps of 2^-44, and they must
+    stay within +-2^19.
 
     Raises ``ValueError`` for shapes, dtypes or devices that do not fit, and if ``x`` requires a gradient.
 

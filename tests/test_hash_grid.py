@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from imagedream_rt.engine.config import HashGridConfig
 from imagedream_rt.kernels import _hash_grid_kernels, hash_grid
+from imagedream_rt.kernels._triton import KernelBackend
 from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.hash_grid import grid_levels, hash_encode, hash_encode_jacobian
 
@@ -265,6 +267,46 @@ def test_strided_points_and_cotangents(kernel_device: torch.device) -> None:
     agree(got, everything(x, table, (by_value, by_jacobian), backend="torch"))
 
 
+def test_slopes_along_vectors(kernel_device: torch.device) -> None:
+    """Made and learnt from without the Jacobian that they are made of."""
+    x, table, (by_value, by_jacobian) = case(67, 2, kernel_device)
+    along = by_jacobian[:, 0].contiguous()
+    value, slope = (torch.full((6, 80), torch.nan, device=kernel_device) for _ in range(2))
+    _hash_grid_kernels.launch_encode(x, table, LEVELS, None, along, value, slope)
+    wanted, jacobian = hash_encode_jacobian(x, table.requires_grad_(), LEVELS, backend="torch")
+    slopes = (jacobian * along[:, None]).sum(2)
+    agree([value[:, :67].t(), slope[:, :67].t()], [wanted.detach(), slopes.detach()])
+
+    grads = by_value.t().contiguous(), by_jacobian[:, :, 1].t().contiguous()
+    sums = _hash_grid_kernels.zero_sums(table.shape, kernel_device)
+    _hash_grid_kernels.scatter(sums, x, LEVELS, None, along, *grads)
+    gradient = torch.autograd.grad((wanted, slopes), table, [grad.t() for grad in grads])[0]
+    agree([sums], [gradient])
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_sums_in_whole_numbers(kernel_device: torch.device, request: pytest.FixtureRequest) -> None:
+    """They equal the reference, and the order of the points does not matter."""
+    x, table, (by_value, _) = case(300, 2, kernel_device)
+    table.requires_grad_()
+
+    def gradient(x: Tensor, by_value: Tensor, backend: KernelBackend = "triton") -> Tensor:
+        return torch.autograd.grad(hash_encode(x, table, LEVELS, backend=backend), table, by_value)[0]
+
+    wanted = gradient(x, by_value, "torch")
+    assert not torch.equal(gradient(x, by_value), gradient(x.flip(0), by_value.flip(0)))
+    request.getfixturevalue("deterministic")
+    got = gradient(x, by_value)
+    agree([got], [wanted])
+    assert torch.equal(got, gradient(x.flip(0), by_value.flip(0)))
+
+
 def test_gradient_through_the_jacobian_alone(kernel_device: torch.device) -> None:
     x, table, (_, by_jacobian) = case(67, 2, kernel_device)
     table.requires_grad_()
@@ -333,22 +375,28 @@ def test_kernels_train_a_table_through_its_normals(kernel_device: torch.device) 
     assert relative_error(table.grad.cpu().double(), exact.grad) < 1e-4
 
 
-TENSORS = {"p_x": "*fp32", "p_levels": "*i32", "N": "i32", "stride_point": "i32", "stride_axis": "i32"}
+TENSORS = dict.fromkeys(("p_x", "p_along", "p_value", "p_slope"), "*fp32") | {
+    "p_levels": "*i32",
+    "p_count": "*i32",
+}
+SIZES = dict.fromkeys(("N", "stride_point", "stride_axis"), "i32")
 CONSTANTS = {"LEVELS": 16, "F": 2, "POINTS": 128}
 
 
-@pytest.mark.parametrize(("arch", "table"), [(80, "*fp16"), (90, "*fp32")], ids=str)
-def test_encode_kernel_builds_ahead_of_time(arch: int, table: str) -> None:
-    arguments = {**TENSORS, "p_table": table, "p_value": "*fp32", "p_slope": "*fp32", "p_count": "*i32"}
-    compile_ahead("_hash_grid_kernels", "encode_kernel", arguments, [CONSTANTS], arch)
+@pytest.mark.parametrize(("arch", "table", "along"), [(80, "*fp16", True), (90, "*fp32", False)], ids=str)
+def test_encode_kernel_builds_ahead_of_time(arch: int, table: str, along: bool) -> None:
+    arguments = {**TENSORS, **SIZES, "p_table": table, "row": "i32"}
+    absent = {} if along else {"p_along": None}
+    for name in absent:
+        del arguments[name]
+    compile_ahead("_hash_grid_kernels", "encode_kernel", arguments, [{**CONSTANTS, **absent}], arch)
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
-def test_scatter_kernel_builds_ahead_of_time(arch: int) -> None:
+@pytest.mark.parametrize(("arch", "sums"), [(80, "*fp32"), (90, "*fp32"), (90, "*i64")], ids=str)
+def test_scatter_kernel_builds_ahead_of_time(arch: int, sums: str) -> None:
     sizes = ("regions", "value_row", "value_point", "slope_row", "slope_axis", "slope_point")
-    arguments = {**TENSORS, "p_grad": "*fp32", "p_value": "*fp32", "p_slope": "*fp32", "p_count": "*i32"}
-    arguments |= dict.fromkeys(sizes, "i32")
-    constants = {**CONSTANTS, "RUN": 2, "PAIRS": arch >= 90}
+    arguments = {**TENSORS, **SIZES, **dict.fromkeys(sizes, "i32"), "p_grad": sums}
+    constants = {**CONSTANTS, "RUN": 2, "PAIRS": arch >= 90 and sums == "*fp32"}
     compile_ahead("_hash_grid_kernels", "scatter_kernel", arguments, [constants], arch)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,19 +173,18 @@ def test_losses_of_some_results(used: str, kernel_device: torch.device) -> None:
     agree(got, wanted)
 
 
-@pytest.mark.parametrize(("groups", "run"), [(16, 1), (8, 2), (8, 4)], ids=str)
-def test_neighbours_added_together(
-    groups: int, run: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("valid", [300, 130, 5])
+def test_a_part_after_another(
+    valid: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weights = points(60, device=kernel_device), parameters(device=kernel_device)
-    # A walk in small steps: several points in a cell, in a run and across runs.
-    x[20:] = x[20] + 0.01 * torch.arange(40, device=kernel_device)[:, None]
-    launch = Launch.of(GROUPS=groups, RUN=run, warps=4, stages=1)
-    monkeypatch.setattr(_field_launch, "BACKWARD", SimpleNamespace(choose=lambda *_: launch))
-    got, wanted = (
-        with_gradients(field(x, weights, backend=backend), weights) for backend in ("triton", "torch")
-    )
-    agree(got, wanted)
+    """Of three parts, the last with fewer points, some beyond the count."""
+    monkeypatch.setattr(_field_launch, "PART", 128)
+    x, weights = points(300, device=kernel_device), parameters(device=kernel_device)
+    number = torch.tensor([valid], dtype=torch.int32, device=kernel_device)
+    values = field(x, weights, count=number, backend="triton")
+    first = FieldValues(*(value[:valid] for value in tensors(values)))
+    wanted = with_gradients(field(x[:valid], weights, backend="torch"), weights)
+    agree(with_gradients(first, weights), wanted)
 
 
 @pytest.fixture
@@ -205,11 +203,9 @@ def test_sums_in_whole_numbers_equal_reference(kernel_device: torch.device) -> N
 
 
 def test_sums_in_whole_numbers_have_no_order(
-    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    kernel_device: torch.device, request: pytest.FixtureRequest
 ) -> None:
-    launch = Launch.of(GROUPS=16, RUN=1, warps=4, stages=1)
-    monkeypatch.setattr(_field_launch, "BACKWARD", SimpleNamespace(choose=lambda *_: launch))
-    x, weights = points(400, device=kernel_device), parameters(device=kernel_device)
+    x, weights = points(384, device=kernel_device), parameters(device=kernel_device)
 
     def table_gradient(x: Tensor) -> Tensor:
         values = field(x, weights, backend="triton")
@@ -323,7 +319,7 @@ def built_for(launches: Sequence[Launch]) -> dict[str, Any]:
     }
 
 
-SIZES = (True, 16, 64, 4, True)
+FORWARD_SIZES, BACKWARD_SIZES = (True, 16, 64, 4, True), (True, True, 32, 64, True)
 
 
 @pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
@@ -337,7 +333,7 @@ def test_forward_kernel_builds_ahead_of_time(arch: int, whole: bool) -> None:
     )
     arguments = {**built(names, "*fp16"), "n": "i32", "strength": "fp32", "radius": "fp32"}
     absent = {} if whole else dict.fromkeys((*NAMES[5:], "p_albedo", "p_normal", "p_inverse"))
-    first, *_, last = _field_launch._forward_candidates(*SIZES)
+    first, *_, last = _field_launch._forward_candidates(*FORWARD_SIZES)
     given = built_for((first, last))
     given["constants"] = [{**CONSTANTS, **absent, **constants} for constants in given["constants"]]
     compile_ahead("_field_kernels", "forward_kernel", arguments, arch=arch, **given)
@@ -345,16 +341,27 @@ def test_forward_kernel_builds_ahead_of_time(arch: int, whole: bool) -> None:
 
 @pytest.mark.parametrize(("arch", "whole"), [(80, False), (90, False), (90, True)])
 def test_backward_kernel_builds_ahead_of_time(arch: int, whole: bool) -> None:
-    names = (*NAMES, "p_count", "p_sigma", "p_albedo", "p_normal", "p_inverse")
-    grads = ("sigma", "albedo", "normal", "table", "inner", "outer", "colour_inner", "colour_outer")
-    arguments = {**built((*names, *(f"p_grad_{name}" for name in grads)), "*fp32"), "n": "i32"}
+    names = (*NAMES[3:], "p_value", "p_slope", "p_count", "p_sigma", "p_albedo")
+    grads = ("sigma", "albedo", "inner", "outer", "colour_inner", "colour_outer")
+    arguments = built((*names, *(f"p_grad_{name}" for name in grads)), "*fp32") | {"n": "i32", "row": "i32"}
     if whole:
-        arguments |= dict.fromkeys([f"p_grad_{name}" for name in grads[3:]], "*i64")
-    # The smallest, and the one that takes the most shared memory.
-    first, *_, last = _field_launch._backward_candidates(*SIZES)
-    given = built_for((first, last))
-    given["constants"] = [{**CONSTANTS, "WHOLE": whole, **constants} for constants in given["constants"]]
+        arguments |= dict.fromkeys([f"p_grad_{name}" for name in grads[2:]], "*i64")
+    # The first, and the one that takes the most shared memory; and the first with the most hidden units.
+    first, second, *_ = _field_launch._backward_candidates(*BACKWARD_SIZES)
+    given = built_for((first, second, first))
+    sizes = {"WIDTH_IN": 32, "WIDTH": 32}
+    given["constants"] = [
+        {**sizes, "H": hidden, "HIDDEN": hidden, **constants}
+        for constants, hidden in zip(given["constants"], (64, 64, 128), strict=True)
+    ]
     compile_ahead("_field_kernels", "backward_kernel", arguments, arch=arch, **given)
+
+
+@pytest.mark.parametrize("arch", [80, 90], ids="sm{}".format)
+def test_prepare_kernel_builds_ahead_of_time(arch: int) -> None:
+    names = ("p_points", "p_normal", "p_grad_normal", "p_inverse", "p_unit", "p_along")
+    arguments = {**dict.fromkeys(names, "*fp32"), "n": "i32", "row": "i32"}
+    compile_ahead("_field_kernels", "prepare_kernel", arguments, [{"BLOCK": _field_launch.PREPARED}], arch)
 
 
 OFFICIAL = HashGridConfig()
@@ -409,13 +416,13 @@ def test_captured_in_a_graph() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["FORWARD", "BACKWARD"])
-def test_every_launch_computes_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "sizes"), [("FORWARD", FORWARD_SIZES), ("BACKWARD", BACKWARD_SIZES)])
+def test_every_launch_computes_the_same(kind: str, sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = parameters(64, OFFICIAL_LEVELS, device="cuda")
     x = points(20_011, device="cuda")
     wanted = with_gradients(field(x, weights, OFFICIAL_LEVELS), weights)
     tuned = getattr(_field_launch, kind)
-    for launch in tuned.candidates(*SIZES):
+    for launch in tuned.candidates(*sizes):
         monkeypatch.setattr(tuned, "choose", lambda *_, one=launch: one)
         # The order of sums decides whether a hidden unit next to zero is active, and that a sample's normal.
         agree(with_gradients(field(x, weights, OFFICIAL_LEVELS), weights), wanted, 1e-2)
