@@ -10,10 +10,9 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-from torch import Tensor, nn
 
 from ..kernels._triton import obstacle
 from ..kernels._tuning import cache_folder, compiled_folder
@@ -22,7 +21,7 @@ from ..kernels.fp8 import fp8_obstacle
 from ._optional import installed
 from .config import HashGridConfig
 from .errors import InputError
-from .graphed import Replays
+from .graphed_networks import GraphedCodec, GraphedText, GraphedUNet, GraphedVision, plain
 from .model import MultiViewModel
 from .nerf.encoding import EncodingName, hash_grid
 from .nerf.volume import VolumeName, volume_backend
@@ -30,7 +29,8 @@ from .unet import MultiViewUNet
 from .vae import LatentCodec
 
 UNetName = Literal["auto", "eager", "graph", "compiled", "tensorrt"]
-VaeName = Literal["auto", "eager", "compiled", "tensorrt"]
+VaeName = Literal["auto", "eager", "graph", "compiled", "tensorrt"]
+ClipName = Literal["auto", "eager", "graph"]
 LoopName = Literal["auto", "eager", "graph"]
 Precision = Literal["native", "fp8"]
 
@@ -52,7 +52,9 @@ class Backends:
     """``eager`` calls layer after layer, ``graph`` replays a CUDA graph for each shape, ``compiled`` replays what
     torch.compile made, ``tensorrt`` runs a plan; ``auto`` takes a plan if there is one, else ``graph`` on CUDA."""
     vae: VaeName = "auto"
-    """As ``unet``; ``tensorrt`` is a plan of the decoder. ``auto`` takes one if there is one, else ``eager``."""
+    """As ``unet``; ``tensorrt`` is a plan of the decoder."""
+    clip: ClipName = "auto"
+    """The encoders of the prompt's text and picture, as ``unet``; ``auto`` is ``graph`` on CUDA."""
     loop: LoopName = "auto"
     """How a distillation step is run: ``graph`` replays a captured CUDA graph, ``eager`` calls one operation
     after the other, ``auto`` captures wherever that can be done."""
@@ -107,7 +109,8 @@ def survey(device: torch.device) -> dict[str, dict[str, str | None]]:
         "encoding": {"torch": None, "tinycudann": missing("tinycudann")},
         "volume": {"torch": None, "nerfacc": missing("nerfacc")},
         "unet": {"eager": None, "graph": gpu, "compiled": compiler, "tensorrt": gpu},
-        "vae": {"eager": None, "compiled": compiler, "tensorrt": gpu},
+        "vae": {"eager": None, "graph": gpu, "compiled": compiler, "tensorrt": gpu},
+        "clip": {"eager": None, "graph": gpu},
         "loop": {"eager": None, "graph": kernels},
         "precision": {"native": None, "fp8": fp8_obstacle(device)},
     }
@@ -126,11 +129,12 @@ def decided(
 ) -> Backends:
     """What every ``auto`` comes to; ``plans`` names the components (unet, vae) that there are plans for."""
     kernels = obstacle(device) is None and dtype in DTYPES
-    unet: UNetName = "graph" if device.type == "cuda" else "eager"
+    network = "graph" if device.type == "cuda" else "eager"
     automatic: dict[str, Any] = {
         "attention": "triton" if kernels else "torch",
-        "unet": "tensorrt" if "unet" in plans else unet,
-        "vae": "tensorrt" if "vae" in plans else "eager",
+        "unet": "tensorrt" if "unet" in plans else network,
+        "vae": "tensorrt" if "vae" in plans else network,
+        "clip": network,
         "loop": "eager" if loop_obstacle(backends, device) else "graph",
     }
     return replace(
@@ -160,8 +164,9 @@ def apply(
         backends, model.device, model.dtype, plans=[component for component in found if found[component]]
     )
     _check(backends, used, planned, plans is not None, found)
-    unet = planned.unet if used.unet == "tensorrt" else _plain(model.unet)
-    codec = planned.vae if used.vae == "tensorrt" else _plain(model.vae)
+    unet = planned.unet if used.unet == "tensorrt" else plain(model.unet)
+    codec = planned.vae if used.vae == "tensorrt" else plain(model.vae)
+    text, vision = plain(model.text), None if model.vision is None else plain(model.vision)
     unet.use_attention_backend(backends.attention)
     if used.precision == "fp8":
         from .fp8 import use_fp8
@@ -169,18 +174,27 @@ def apply(
         use_fp8(unet)
     if used.unet in ("graph", "compiled"):
         unet = GraphedUNet(unet, compiled(unet.forward) if used.unet == "compiled" else None)
-    if used.vae == "compiled":
-        codec = CompiledCodec(codec)
-    if (unet, codec) == (model.unet, model.vae):
+    if used.vae == "graph":
+        codec = GraphedCodec(codec)
+    elif used.vae == "compiled":
+        codec = GraphedCodec(codec, compiled(codec.moments), compiled(codec.decode))
+    if used.clip == "graph":
+        text, vision = GraphedText(text), None if vision is None else GraphedVision(vision)
+    if (unet, codec, text, vision) == (model.unet, model.vae, model.text, model.vision):
         return model, used
-    return replace(model, unet=unet, vae=codec), used
+    return replace(model, unet=unet, vae=codec, text=text, vision=vision), used
+
+
+_UNETS = (MultiViewUNet, GraphedUNet)
+_CODECS = (LatentCodec, GraphedCodec)
+"""What is computed here; of another type is a plan."""
 
 
 def _check(
     asked: Backends, used: Backends, model: MultiViewModel, with_plans: bool, found: dict[str, bool]
 ) -> None:
     offered = survey(model.device)
-    for component in ("unet", "vae", "precision"):
+    for component in ("unet", "vae", "clip", "precision"):
         name = getattr(used, component)
         if reason := offered[component][name]:
             raise InputError(f"backend {component}={name} cannot be used here: {reason}")
@@ -195,76 +209,6 @@ def _check(
         )
     if used.precision == "fp8" and used.unet == "tensorrt":
         raise InputError("backend precision=fp8 cannot be used with a plan of the UNet, which has its own")
-
-
-class GraphedUNet(MultiViewUNet):
-    """The very layers of another UNet, whose calls replay CUDA graphs where they can (:class:`~.graphed.Replays`).
-
-    What is replayed is the other's ``forward``, or ``compute`` in its place.
-    """
-
-    def __init__(self, unet: MultiViewUNet, compute: Callable[..., Tensor] | None = None) -> None:
-        _share(self, unet)
-        self._replays = Replays(unet.forward if compute is None else compute)
-
-    @property
-    def image_scale(self) -> float:
-        """That of the other, which computes with it."""
-        return _plain(self).image_scale
-
-    @image_scale.setter
-    def image_scale(self, scale: float) -> None:
-        _plain(self).image_scale = scale
-
-    def use_attention_backend(self, backend: AttentionBackend) -> None:
-        """As :meth:`MultiViewUNet.use_attention_backend`; drops the graphs."""
-        super().use_attention_backend(backend)
-        self._replays.forget()
-
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        """As :meth:`MultiViewUNet.forward`."""
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            return self._replays.function(*arguments, **named)
-        # A graph holds the weights' addresses and the scale's value.
-        also = (next(self.parameters()).data_ptr(), self.image_scale)
-        return self._replays(*arguments, also=also, **named)
-
-
-class CompiledCodec(LatentCodec):
-    """The very layers of another codec, whose encoder and decoder torch.compile compiles when first called."""
-
-    def __init__(self, codec: LatentCodec) -> None:
-        _share(self, codec)
-        self._moments, self._decode = compiled(codec.moments), compiled(codec.decode)
-
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`LatentCodec.moments`."""
-        return self._moments(images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As :meth:`LatentCodec.decode`."""
-        return self._decode(latents)
-
-
-_UNETS = (MultiViewUNet, GraphedUNet)
-_CODECS = (LatentCodec, CompiledCodec)
-"""What is computed here; of another type is a plan."""
-
-Network = TypeVar("Network", MultiViewUNet, LatentCodec)
-
-
-def _share(network: Network, other: Network) -> None:
-    """Make ``network``, not yet initialised, hold all that ``other`` holds: parameters, layers, hooks, settings."""
-    nn.Module.__init__(network)
-    network.__dict__.update(other.__dict__)
-    # In a tuple: a module assigned as it is would become a layer, here one of itself.
-    network.__dict__["_shared"] = (other,)
-
-
-def _plain(network: Network) -> Network:
-    """The network whose layers it shares, if it does."""
-    shared: tuple[Network, ...] = network.__dict__.get("_shared", (network,))
-    return shared[0]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

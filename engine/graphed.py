@@ -82,24 +82,25 @@ def _step() -> Iterator[None]:
 
 
 class Replays:
-    """Calls a function of tensors that returns one: from the second call of a shape on by a CUDA graph.
+    """Calls a function of tensors that returns some: from the second call of a shape on by a CUDA graph.
 
-    Arguments may be tensors, None, numbers, and (nested) lists and tuples of these; the result is the function's own up
-    to rounding, in memory of its own, without gradient. Each graph has buffers that its arguments are copied
-    to, contiguous, and is kept for as long as this object is, the latest :data:`MOST_REPLAYS` of them. What the
-    function depends on besides its arguments must stay what it was, or be among the ``also`` of a call.
+    Arguments may be tensors, None, numbers, and (nested) lists and tuples of these. The result, of the same kinds with
+    tuples for lists, is the function's own up to rounding, in memory of its own, without gradient. Each graph has
+    buffers that its arguments are copied to, contiguous, and is kept for as long as this object is, the latest
+    :data:`MOST_REPLAYS` of them. What the function depends on besides its arguments must stay what it was, or be among
+    the ``also`` of a call.
 
     The function itself is called where graphs do not help or are not possible: off CUDA, where a gradient by an
     argument is wanted, and while a step that contains the call is captured.
     """
 
-    def __init__(self, function: Callable[..., Tensor], most: int = MOST_REPLAYS) -> None:
+    def __init__(self, function: Callable[..., Any], most: int = MOST_REPLAYS) -> None:
         self.function, self.most = function, most
         self._found: OrderedDict[Hashable, _Replay] = OrderedDict()
         self._pool: Any = None
         self._lock = threading.Lock()  # the buffers of a graph serve one call at a time
 
-    def __call__(self, *arguments: Any, also: Hashable = None, **named: Any) -> Tensor:
+    def __call__(self, *arguments: Any, also: Hashable = None, **named: Any) -> Any:
         given = (arguments, tuple(named.values()))
         tensors = list(_tensors(given))
         if not replayable(tensors):
@@ -132,6 +133,13 @@ class Replays:
         return _Replay(self.function, given, names, tensors, self._pool)
 
 
+def forget_graphs(network: object) -> None:
+    """Drop the graphs, with their memory, that the methods of an object replay."""
+    for value in vars(network).values():
+        if isinstance(value, Replays):
+            value.forget()
+
+
 def replayable(tensors: Sequence[Tensor]) -> bool:
     """Whether a call with these tensors may be replayed from a graph of its own."""
     return (
@@ -149,7 +157,7 @@ class _Replay:
 
     def __init__(
         self,
-        function: Callable[..., Tensor],
+        function: Callable[..., Any],
         given: Sequence[Any],
         names: Sequence[str],
         tensors: list[Tensor],
@@ -169,11 +177,11 @@ class _Replay:
         self._step = GraphedStep(self._run, tensors[0].device, warmup=1, pool=pool)
 
     @torch.no_grad()
-    def __call__(self, tensors: list[Tensor]) -> Tensor:
+    def __call__(self, tensors: list[Tensor]) -> Any:
         for numbers in self._alike:  # of one dtype all in one launch
             torch._foreach_copy_([self._inputs[n] for n in numbers], [tensors[n] for n in numbers])
         self._step()
-        return self._output.clone()
+        return _with_tensors(self._output, (x.clone() for x in _tensors(self._output)))
 
     def _run(self) -> None:
         with torch.inference_mode(False), torch.no_grad():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from .graphed import forget_graphs
+
 if TYPE_CHECKING:
     from .text import TextEncoder
     from .unet import MultiViewUNet
@@ -75,13 +77,16 @@ class MultiViewModel:
     def encoders_parked(self, *, vision: bool) -> Iterator[None]:
         """The text encoder, and with ``vision`` the image encoder, in host memory meanwhile; only of a GPU's.
 
-        2 GB at the released size, for while conditions that were made before are used.
+        2 GB at the released size, for while conditions that were made before are used. The graphs that networks
+        replay are dropped: those of encoders hold addresses, the others memory.
         """
         device = self.device
         parked = [self.text] + ([self.vision] if vision and self.vision is not None else [])
         if device.type != "cuda":
             yield
             return
+        for network in (self.unet, self.vae, *parked):
+            forget_graphs(network)
         try:
             for network in parked:
                 network.to("cpu")

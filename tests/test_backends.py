@@ -18,19 +18,18 @@ from torch import nn
 from imagedream_rt import ImageTo3D
 from imagedream_rt.engine import backends as module
 from imagedream_rt.engine import fp8, graphed
-from imagedream_rt.engine.backends import (
-    OWN,
-    Backends,
-    CompiledCodec,
-    GraphedUNet,
-    choices,
-    compiled,
-    decided,
-    survey,
-)
+from imagedream_rt.engine.backends import OWN, Backends, choices, compiled, decided, survey
 from imagedream_rt.engine.conditioning import Conditioner
 from imagedream_rt.engine.errors import Cancelled, InputError
-from imagedream_rt.engine.model import MultiViewModel
+from imagedream_rt.engine.graphed_networks import (
+    FEW,
+    GraphedCodec,
+    GraphedText,
+    GraphedUNet,
+    GraphedVision,
+    share,
+)
+from imagedream_rt.engine.model import Controller, MultiViewModel
 from imagedream_rt.engine.picture import prepare
 from imagedream_rt.engine.sampler import sample_views
 from imagedream_rt.engine.unet import MultiViewUNet
@@ -67,9 +66,12 @@ def test_from_words() -> None:
             "backend 'unet': give COMPONENT=NAME, such as unet=compiled; the components are attention,",
         ),
         (["unet="], "backend 'unet=': give COMPONENT=NAME"),
-        (["painter=eager"], "the components are attention, encoding, volume, unet, vae, loop, precision"),
+        (
+            ["painter=eager"],
+            "the components are attention, encoding, volume, unet, vae, clip, loop, precision",
+        ),
         (["unet=fast"], "unknown backend 'fast' of unet; there are auto, eager, graph, compiled, tensorrt"),
-        (["vae=graph"], "unknown backend 'graph' of vae; there are auto, eager, compiled, tensorrt"),
+        (["clip=compiled"], "unknown backend 'compiled' of clip; there are auto, eager, graph"),
         (["unet=graph", "unet=eager"], "'unet=eager': unet was given as 'graph' before"),
     ],
 )
@@ -97,7 +99,9 @@ def test_survey_without_a_gpu() -> None:
 
 
 def test_survey_of_a_gpu(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(reason is None for name in ("unet", "vae", "loop") for reason in survey(CUDA)[name].values())
+    assert all(
+        reason is None for name in ("unet", "vae", "clip", "loop") for reason in survey(CUDA)[name].values()
+    )
     monkeypatch.setattr(_triton, "triton", None)
     found = survey(CUDA)
     assert found["unet"]["graph"] is None
@@ -105,19 +109,20 @@ def test_survey_of_a_gpu(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_auto_comes_to(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = {"attention": "torch", "unet": "eager", "vae": "eager", "loop": "eager"}
+    eager = {"attention": "torch", "unet": "eager", "vae": "eager", "clip": "eager", "loop": "eager"}
     assert decided(OWN, CPU, torch.float32) == replace(OWN, **eager)  # type: ignore[arg-type]
     there = decided(OWN, CUDA, torch.float16)
-    assert there == Backends(attention="triton", unet="graph", vae="eager", loop="graph")
+    assert there == Backends(attention="triton", unet="graph", vae="graph", clip="graph", loop="graph")
     assert decided(OWN, CUDA, torch.float32).attention == "torch"
     planned = decided(OWN, CUDA, torch.float16, plans=("unet", "vae"))
     assert (planned.unet, planned.vae) == ("tensorrt", "tensorrt")
-    asked = Backends(attention="torch", unet="eager", vae="compiled", loop="eager")
+    asked = Backends(attention="torch", unet="eager", vae="compiled", clip="eager", loop="eager")
     assert decided(asked, CUDA, torch.float16, plans=("unet", "vae")) == asked
     # A captured step has this package's renderer in it.
     assert decided(Backends(volume="nerfacc"), CUDA, torch.float16).loop == "eager"
     monkeypatch.setattr(_triton, "triton", None)
-    assert decided(OWN, CUDA, torch.float16) == Backends("torch", unet="graph", vae="eager", loop="eager")
+    without = Backends("torch", unet="graph", vae="graph", clip="graph", loop="eager")
+    assert decided(OWN, CUDA, torch.float16) == without
 
 
 def with_stand_ins(model: MultiViewModel, codec: bool = False) -> MultiViewModel:
@@ -131,7 +136,7 @@ def with_stand_ins(model: MultiViewModel, codec: bool = False) -> MultiViewModel
 
     def changed(network: Any, kind: type) -> Any:
         planned: Any = object.__new__(kind)
-        module._share(planned, network)
+        share(planned, network)
         return planned
 
     vae = changed(model.vae, PlanCodec) if codec else model.vae
@@ -185,6 +190,7 @@ def test_the_record_says_what_was_asked_and_used() -> None:
         "volume": "torch",
         "unet": "eager",
         "vae": "eager",
+        "clip": "eager",
         "loop": "eager",
         "precision": "native",
     }
@@ -234,6 +240,54 @@ def test_keys_and_values_are_made_once_for_all_steps(
     assert given == [(None, None, given[0][2])] * 4
 
 
+@pytest.mark.parametrize("controller", ["pixel", "global", "none"])
+def test_replayed_encoders_are_the_same_encoders(
+    everywhere: None, monkeypatch: pytest.MonkeyPatch, controller: Controller
+) -> None:
+    model = tiny(controller)
+    monkeypatch.setattr(
+        module, "survey", lambda device: {**survey(CPU), "vae": {"graph": None}, "clip": {"graph": None}}
+    )
+    used = ImageTo3D(model, backends=Backends(vae="graph", clip="graph")).model
+    assert isinstance(used.vae, GraphedCodec)
+    assert isinstance(used.text, GraphedText)
+    assert (used.vision is None) == (model.vision is None)
+    for own, other in ((used.vae, model.vae), (used.text, model.text), (used.vision, model.vision)):
+        if own is not None and other is not None:
+            assert list(own.state_dict()) == list(other.state_dict())
+            assert all(a is b for a, b in zip(own.parameters(), other.parameters(), strict=True))
+    picture = None if controller == "none" else prepare(object_picture())
+    for prompt in ("a ball", "a cube"):
+        found, wanted = (Conditioner(one, picture, prompt).at_grey(0.3) for one in (used, model))
+        for name in ("context", "image_tokens", "image_mean", "image_std"):
+            one, other = getattr(found, name), getattr(wanted, name)
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other)
+                assert not one.is_inference()
+    latents = torch.randn(4, 4, 4, 4)
+    torch.testing.assert_close(used.vae.decode(latents), model.vae.decode(latents))
+    assert len(used.text._replays) == len(used.vae._decode_replays) == 1
+    if controller == "pixel":
+        assert isinstance(used.vision, GraphedVision)
+        assert len(used.vision._hidden_replays) == len(used.vae._moments_replays) == 1
+
+
+def test_large_batches_and_training_are_not_replayed(everywhere: None) -> None:
+    model = load_model("random:tiny", device="cpu", controller="pixel")
+    codec = GraphedCodec(model.vae)
+    pictures = torch.rand(FEW + 1, 3, 16, 16)
+    codec.moments(pictures)
+    assert len(codec._moments_replays) == 0
+    codec.requires_grad_(True)
+    assert codec.decode(torch.zeros(1, 4, 2, 2)).requires_grad
+    assert len(codec._decode_replays) == 0
+    with torch.no_grad():
+        codec.decode(torch.zeros(1, 4, 2, 2))
+        codec.moments(pictures[:FEW])
+    assert (len(codec._decode_replays), len(codec._moments_replays)) == (1, 1)
+
+
 def small_inputs(unet: MultiViewUNet) -> dict[str, Any]:
     width = unet.config.context_dim
     return {
@@ -279,7 +333,7 @@ def test_another_choice_for_the_same_model_starts_from_the_plain_one(monkeypatch
     model = tiny("pixel")
     first = ImageTo3D(model, backends=Backends(unet="compiled", vae="compiled"))
     assert isinstance(first.model.unet, GraphedUNet)
-    assert isinstance(first.model.vae, CompiledCodec)
+    assert isinstance(first.model.vae, GraphedCodec)
     second = ImageTo3D(first.model)
     assert second.model.unet is model.unet
     assert second.model.vae is model.vae
@@ -321,7 +375,7 @@ def test_the_codec_is_traced_as_a_whole(own_environment: Path, monkeypatch: pyte
         torch, "compile", lambda function, **_: compile(function, backend="eager", fullgraph=True)
     )
     codec = tiny("pixel").vae
-    traced = CompiledCodec(codec)
+    traced = GraphedCodec(codec, compiled(codec.moments), compiled(codec.decode))
     latents, images = torch.randn(1, 4, 2, 2), torch.rand(1, 3, 16, 16) * 2 - 1
     with torch.inference_mode():
         assert torch.equal(traced.decode(latents), codec.decode(latents))
@@ -400,18 +454,24 @@ class Moved(nn.Module):
 
 
 @pytest.mark.parametrize("vision", [True, False])
-def test_encoders_are_parked_and_come_back(monkeypatch: pytest.MonkeyPatch, vision: bool) -> None:
+def test_encoders_are_parked_and_come_back(
+    everywhere: None, monkeypatch: pytest.MonkeyPatch, vision: bool
+) -> None:
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    model = replace(tiny("pixel"), text=Moved(), vision=Moved())
+    unet = GraphedUNet(tiny("pixel").unet)
+    unet(**small_inputs(unet))
+    model = replace(tiny("pixel"), unet=unet, text=Moved(), vision=Moved())
     with model.encoders_parked(vision=vision):
         pass
     assert model.text.places == []
     monkeypatch.setattr(MultiViewModel, "device", CUDA)
 
     def stopped_halfway() -> None:
+        assert len(unet._replays) == 1
         with model.encoders_parked(vision=vision):
             assert model.text.places == ["cpu"]
+            assert len(unet._replays) == 0
             raise Cancelled("halfway")
 
     with pytest.raises(Cancelled, match="halfway"):
@@ -430,6 +490,24 @@ def test_options_of_the_command_line(run: CommandLine, picture: Path, tmp_path: 
 
 
 gpu = pytest.mark.gpu
+
+
+@gpu
+@pytest.mark.parametrize("controller", ["pixel", "global", "none"])
+def test_replayed_conditions_equal_eager_ones(untuned: None, controller: Controller) -> None:
+    model = load_model("random:tiny", device="cuda", controller=controller)
+    eager = ImageTo3D(model, backends=Backends(unet="eager", vae="eager", clip="eager")).model
+    replayed = ImageTo3D(model).model
+    picture = None if controller == "none" else prepare(object_picture())
+    for prompt in ("a ball", "a cube", "a robot"):  # as it is, captured, replayed
+        found, wanted = (Conditioner(one, picture, prompt).at_grey(0.3) for one in (replayed, eager))
+        for name in ("context", "image_tokens", "image_mean", "image_std"):
+            one, other = getattr(found, name), getattr(wanted, name)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    latents = torch.randn(4, 4, 4, 4, device="cuda")
+    for _ in range(3):
+        assert torch.equal(replayed.vae.decode(latents), eager.vae.decode(latents))
 
 
 @gpu

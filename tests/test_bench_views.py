@@ -12,7 +12,7 @@ from checkpoints import tiny
 from command_line import CommandLine
 
 from imagedream_rt.benchmarks import views
-from imagedream_rt.engine.backends import GraphedUNet
+from imagedream_rt.engine.graphed_networks import GraphedUNet
 
 
 @pytest.fixture

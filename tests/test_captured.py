@@ -72,7 +72,9 @@ def test_captured_steps_fit_the_same_field_as_the_plain_loop():
     plain = Fusion(CONFIG, guidance, seed=5)
     plain.run()
     found = run_captured(CONFIG, guidance, CPU)
-    assert_same_fields(found, plain.state, 1e-3)
+    # The bank encodes in batches, which rounds otherwise; and an entry of the table that hardly has a gradient takes
+    # Adam's whole step to the side that rounding turns it to.
+    assert_same_fields(found, plain.state, 5e-3)
     untrained = FieldState(CONFIG, 5, CPU)
     with pytest.raises(AssertionError):
         assert_same_fields(untrained, plain.state, 1e-2)

@@ -134,6 +134,33 @@ def test_a_failed_call_leaves_nothing_half_made(everywhere: None) -> None:
     assert torch.equal(replays(torch.ones(2)), torch.ones(2))
 
 
+def test_results_may_be_several_and_each_has_memory_of_its_own(everywhere: None) -> None:
+    held = torch.zeros(2)
+
+    def function(x: Tensor) -> list[Any]:
+        held.copy_(x)
+        return [Pair(held, None), (x.sum(), 3)]
+
+    replays = Replays(function)
+    for value in (1.0, 2.0):
+        x = torch.full((2,), value)
+        (pair, (total, number)) = replays(x)
+        assert isinstance(pair, Pair)
+        assert torch.equal(pair.a, x)
+        assert pair.a.data_ptr() != held.data_ptr()
+        assert (pair.b, float(total), number) == (None, 2 * value, 3)
+
+
+def test_an_object_forgets_the_graphs_of_its_methods(everywhere: None) -> None:
+    network = Recorded()
+    network.one, network.other = Replays(network), Replays(network)  # type: ignore[attr-defined]
+    for replays in (network.one, network.other, network.one):  # type: ignore[attr-defined]
+        replays(torch.zeros(1))
+    graphed.forget_graphs(network)
+    assert (len(network.one), len(network.other)) == (0, 0)  # type: ignore[attr-defined]
+    assert network.given
+
+
 def test_off_cuda_the_function_is_called_with_the_very_arguments() -> None:
     function = Recorded()
     replays = Replays(function)
