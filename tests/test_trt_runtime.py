@@ -260,7 +260,9 @@ def test_full_plan_refuses_keys_and_values(tmp_path: Path) -> None:
 
 def test_pipeline_with_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet_plan(tmp_path, "unet_cached")
-    monkeypatch.setattr(backends, "survey", lambda device: dict.fromkeys(("unet", "vae", "clip", "precision"), ANY))
+    monkeypatch.setattr(
+        backends, "survey", lambda device: dict.fromkeys(("unet", "vae", "clip", "precision"), ANY)
+    )
     pipe = ImageTo3D(small_model("pixel"), plans=plans_in(tmp_path))
     assert isinstance(pipe.model.unet, PlanUNet)
     assert (pipe.used.unet, pipe.used.vae) == ("tensorrt", "eager")
