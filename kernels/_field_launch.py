@@ -18,7 +18,7 @@ from ._hash_grid_kernels import launch_encode, scatter, summed, zero_sums
 from ._tuning import Launch, Tuned
 
 PROGRAMS = 8
-"""Forward: programs on each multiprocessor, at least as many as fit."""
+"""Programs on each multiprocessor, at least as many as fit."""
 
 WARPS_AT_ONCE = 8
 """Backward: as many as the registers of a multiprocessor hold: each program has sums of its own to add at its end."""
@@ -73,12 +73,16 @@ def _key(
     return normal is not None, *sizes, len(points) >= MANY
 
 
-def _programs(points: Tensor, block: int, each: int) -> tuple[int]:
-    """As many programs as run at once, ``each`` on a multiprocessor: each goes over its share of the blocks."""
-    blocks = -(-len(points) // block)
-    if not points.is_cuda:
-        return (min(blocks, 3),)
-    return (min(blocks, each * torch.cuda.get_device_properties(points.device).multi_processor_count),)
+def programs_at_once(device: torch.device, each: int = PROGRAMS) -> int:
+    """With ``each`` on a multiprocessor."""
+    return (
+        each * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    )
+
+
+def _programs(points: Tensor, block: int, each: int = PROGRAMS) -> tuple[int]:
+    """As many programs as run at once: each goes over its share of the blocks."""
+    return (min(-(-len(points) // block), programs_at_once(points.device, each)),)
 
 
 def launch_forward(
@@ -96,7 +100,7 @@ def launch_forward(
     bias = settings.blob_strength, settings.blob_radius
 
     def run(launch: Launch) -> None:
-        forward_kernel[_programs(points, launch["BLOCK"], PROGRAMS)](
+        forward_kernel[_programs(points, launch["BLOCK"])](
             *(points, entries, parameters, *weights, count, *results, len(points), *bias),
             **constants,
             **launch.options,

@@ -1,6 +1,6 @@
 """How light is absorbed along rays, inside Triton kernels: device functions for packed samples.
 
-A program takes RAYS rays and walks along all of them together, CHUNK samples of each at a time.
+A program takes blocks of RAYS rays and walks along all of them together, CHUNK samples of each at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ DARK = constant(80.0)
 
 
 @jit
-def load_rays(p_packed_info, n_rays, RAYS: tl.constexpr):
-    """The program's rays, which of them exist, where their samples begin and how many they are."""
-    ray = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
+def load_rays(block, p_packed_info, n_rays, RAYS: tl.constexpr):
+    """A block's rays, which of them exist, where their samples begin and how many they are."""
+    ray = block * RAYS + tl.arange(0, RAYS)
     m_ray = ray < n_rays
     begin = tl.load(p_packed_info + ray * 2, mask=m_ray, other=0).to(tl.int32)
     count = tl.load(p_packed_info + ray * 2 + 1, mask=m_ray, other=0).to(tl.int32)

@@ -160,7 +160,7 @@ def _forward_kernel(
     RAYS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    ray, m_ray, begin, count = load_rays(p_packed_info, n_rays, RAYS)
+    ray, m_ray, begin, count = load_rays(tl.program_id(0), p_packed_info, n_rays, RAYS)
     channel = tl.arange(0, CHANNELS_PADDED)
     m_channel = channel < CHANNELS
     depth_before = tl.zeros((RAYS,), dtype=tl.float32)
@@ -231,7 +231,7 @@ def _backward_kernel(
     CHUNK: tl.constexpr,
 ):
     """Gradients of outputs are given, or None for zero."""
-    ray, m_ray, begin, count = load_rays(p_packed_info, n_rays, RAYS)
+    ray, m_ray, begin, count = load_rays(tl.program_id(0), p_packed_info, n_rays, RAYS)
     channel = tl.arange(0, CHANNELS_PADDED)
     m_channel = channel < CHANNELS
     if p_grad_seen is not None:

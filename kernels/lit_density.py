@@ -5,7 +5,8 @@ exp(-sum_{j < i} sigma_j d_j) over the samples before i on the same ray, is at l
 sample behind is seen, so that its density need not be known; before opaque matter that spares most of the
 field's evaluations (Mueller et al. 2022, appendix C). Plain PyTorch, where they cannot be spared, computes all.
 
-The kernel walks along a few rays together, a few samples of each at a time, and evaluates the field on its way.
+A program walks along a few rays together, a few samples of each at a time, and evaluates the field on its way; then
+along a few others, with the perceptron at hand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._field_launch import programs_at_once
 from ._field_network import (
     count_levels,
     density_at,
@@ -95,7 +97,9 @@ def _lit_density_triton(
     hidden, features = density[0].shape
     intervals = (samples.t_starts, samples.t_ends, samples.packed_info)
     sigma = torch.zeros(len(samples), device=origins.device)
-    _lit_density_kernel[(-(-n_rays // LAUNCH["RAYS"]),)](
+    # An odd number of programs: with an even one some would get one column of the picture, full or empty, alone.
+    programs = programs_at_once(origins.device) | 1
+    _lit_density_kernel[(min(programs, -(-n_rays // LAUNCH["RAYS"])),)](
         *(tensor.contiguous() for tensor in (origins, directions, *intervals, table)),
         field_levels(levels, origins.device),
         *(matrix.contiguous() for matrix in density),
@@ -136,30 +140,31 @@ def _lit_density_kernel(
     CHUNK: tl.constexpr,
 ):
     BLOCK: tl.constexpr = RAYS * CHUNK
-    ray, m_ray, begin, count = load_rays(p_packed_info, n_rays, RAYS)
-    longest = tl.max(count)
-    if longest == 0:
-        return
-    ox, oy, oz = load_vectors(p_origins, ray, m_ray)
-    dx, dy, dz = load_vectors(p_directions, ray, m_ray)
     level = load_field_levels(p_levels, LEVELS)
     inner = transposed(split(load_inner(p_inner, H, WIDTH_IN, HIDDEN, 2 * LEVELS)))
     outer = load_outer(p_outer, 0, H, HIDDEN)
-    depth_before = tl.zeros((RAYS,), dtype=tl.float32)
-    done = 0
-    while done < longest:
-        place = done + tl.arange(0, CHUNK)
-        m = place[None, :] < count[:, None]
-        row = begin[:, None] + place[None, :]
-        middle, length = load_intervals(p_t_starts, p_t_ends, row, m)
-        # Where there is no sample, the field is looked up at the ray's origin.
-        x = tl.reshape(ox[:, None] + dx[:, None] * middle, (BLOCK,))
-        y = tl.reshape(oy[:, None] + dy[:, None] * middle, (BLOCK,))
-        z = tl.reshape(oz[:, None] + dz[:, None] * middle, (BLOCK,))
-        sigma = density_at(p_table, level, inner, outer, x, y, z, strength, radius, BLOCK, LEVELS)
-        sigma = tl.reshape(sigma, (RAYS, CHUNK))
-        tl.store(p_sigma + row, sigma, mask=m)
-        depth_before += tl.sum(tl.minimum(sigma * length, DARK), axis=1)
-        count = tl.where(tl.exp(-depth_before) >= transmittance_stop, count, 0)
+    block, blocks = tl.program_id(0), tl.cdiv(n_rays, RAYS)
+    while block < blocks:
+        ray, m_ray, begin, count = load_rays(block, p_packed_info, n_rays, RAYS)
+        ox, oy, oz = load_vectors(p_origins, ray, m_ray)
+        dx, dy, dz = load_vectors(p_directions, ray, m_ray)
+        depth_before = tl.zeros((RAYS,), dtype=tl.float32)
         longest = tl.max(count)
-        done += CHUNK
+        done = 0
+        while done < longest:
+            place = done + tl.arange(0, CHUNK)
+            m = place[None, :] < count[:, None]
+            row = begin[:, None] + place[None, :]
+            middle, length = load_intervals(p_t_starts, p_t_ends, row, m)
+            # Where there is no sample, the field is looked up at the ray's origin.
+            x = tl.reshape(ox[:, None] + dx[:, None] * middle, (BLOCK,))
+            y = tl.reshape(oy[:, None] + dy[:, None] * middle, (BLOCK,))
+            z = tl.reshape(oz[:, None] + dz[:, None] * middle, (BLOCK,))
+            sigma = density_at(p_table, level, inner, outer, x, y, z, strength, radius, BLOCK, LEVELS)
+            sigma = tl.reshape(sigma, (RAYS, CHUNK))
+            tl.store(p_sigma + row, sigma, mask=m)
+            depth_before += tl.sum(tl.minimum(sigma * length, DARK), axis=1)
+            count = tl.where(tl.exp(-depth_before) >= transmittance_stop, count, 0)
+            longest = tl.max(count)
+            done += CHUNK
+        block += tl.num_programs(0)

@@ -126,7 +126,7 @@ def _prune_kernel(
     Blocks are [CHUNK, RAYS]: where the compiler sees no order among addresses it puts neighbouring threads along
     the first axis, and neighbours along a ray are written side by side.
     """
-    ray, m_ray, begin, count = load_rays(p_packed_info, n_rays, RAYS)
+    ray, m_ray, begin, count = load_rays(tl.program_id(0), p_packed_info, n_rays, RAYS)
     alpha_least = tl.load(p_alpha_least)
     limit = tl.full((RAYS,), 2**31 - 1, dtype=tl.int32)
     if p_begins is not None:
