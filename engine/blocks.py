@@ -177,8 +177,8 @@ class MultiViewSelfAttention(KernelLayer, StackedParameters):
     def forward(self, x: Tensor, frames: int, keep: int | None = None) -> Tensor:
         """``x`` [N, T, C] -> [N, T, C], or of the first ``keep`` frames of each group."""
         qkv = self.project(x).unflatten(-1, (3, -1, self.head_dim))
-        attended = multi_view_attention(qkv.unflatten(0, (-1, frames)), self.backend)
-        return self.to_out(attended[:, :keep].flatten(0, 1))
+        attended = multi_view_attention(qkv.unflatten(0, (-1, frames)), self.backend, keep)
+        return self.to_out(attended.flatten(0, 1))
 
     def project(self, x: Tensor) -> Tensor:
         """``x`` [N, T, C] -> queries, keys and values side by side, [N, T, 3C]."""

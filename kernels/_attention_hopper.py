@@ -55,17 +55,21 @@ def launches(dim: int) -> list[Launch]:
 
 
 def attend(tokens: Tensor, out: Tensor, log_sums: Tensor, launch: Launch) -> None:
-    """Write the attention of ``tokens`` [B, L, 3, H, D] to ``out`` [B, L, H*D], ``log_sums`` [B, H, L] (base 2)."""
+    """Write the attention of ``tokens`` [B, L, 3, H, D] to ``out`` [B, Q, H*D], ``log_sums`` [B, H, Q] (base 2).
+
+    Q is L, or the number of the first tokens that are queries.
+    """
     b, length, _, h, d = tokens.shape
+    q_length = out.shape[1]
     rows = 64 * launch["WARPGROUPS"]
     blocks = length // KEYS
-    tiles = b * h * triton.cdiv(length, rows)
+    tiles = b * h * triton.cdiv(q_length, rows)
     programs = torch.cuda.get_device_properties(tokens.device).multi_processor_count
     shared_tiles = tiles % programs
     sharers = max(1, min(programs, shared_tiles * blocks))
     parts = torch.empty(sharers, 2, rows, d, dtype=torch.float32, device=tokens.device)
     statistics = torch.empty(sharers, 2, 2, rows, dtype=torch.float32, device=tokens.device)
-    numbers = (h, length, shared_tiles, sharers)
+    numbers = (h, length, q_length, shared_tiles, sharers)
     hopper_kernel[(programs,)](
         *(_box(tokens, size) for size in (64, KEYS)),
         out,
@@ -130,13 +134,13 @@ def _produce(query_box, key_box, buffers, barriers, sizes):
     """The producer warp: for each piece the queries, then keys and values in turns."""
     queries, ring = buffers
     q_ready, q_read, ready, read = barriers
-    heads, length, shared_tiles, sharers, whole_tiles = sizes
+    heads, length, q_length, shared_tiles, sharers, whole_tiles = sizes
     RING: gl.constexpr = ring.shape[0]
     KEYS: gl.constexpr = ring.shape[1]
     D: gl.constexpr = ring.shape[2]
     WARPGROUPS: gl.constexpr = queries.shape[0]
     ROWS: gl.constexpr = 64 * WARPGROUPS
-    tiles = gl.cdiv(length, ROWS)
+    tiles = gl.cdiv(q_length, ROWS)
     item = 0
     q_phase = 1
     for step in range(2 + whole_tiles):
@@ -168,7 +172,7 @@ def _consume(part: gl.constexpr, buffers, barriers, results, sizes, scale):
     queries, ring = buffers
     q_ready, q_read, ready, read = barriers
     out, log_sums, parts, statistics = results
-    heads, length, shared_tiles, sharers, whole_tiles = sizes
+    heads, length, q_length, shared_tiles, sharers, whole_tiles = sizes
     RING: gl.constexpr = ring.shape[0]
     KEYS: gl.constexpr = ring.shape[1]
     D: gl.constexpr = ring.shape[2]
@@ -178,7 +182,7 @@ def _consume(part: gl.constexpr, buffers, barriers, results, sizes, scale):
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    tiles = gl.cdiv(length, ROWS)
+    tiles = gl.cdiv(q_length, ROWS)
     q = queries.index(part)
     zeros = gl.zeros([64, KEYS], gl.float32, s_layout)
     item = 0  # the keys at hand; their values are the next item
@@ -239,12 +243,12 @@ def _consume(part: gl.constexpr, buffers, barriers, results, sizes, scale):
             else:
                 row = tile // tiles
                 start = tile % tiles * ROWS
-                places = ((row // heads).to(gl.int64) * length + start + inner) * heads + row % heads
+                places = ((row // heads).to(gl.int64) * q_length + start + inner) * heads + row % heads
                 values = (acc / gl.convert_layout(total, o_rows)[:, None]).to(ring.dtype)
-                seen = start + inner < length
+                seen = start + inner < q_length
                 gl.store(out + places[:, None] * D + d[None, :], values, mask=seen[:, None])
-                places = row.to(gl.int64) * length + start + s_inner
-                gl.store(log_sums + places, peak + gl.log2(total), mask=start + s_inner < length)
+                places = row.to(gl.int64) * q_length + start + s_inner
+                gl.store(log_sums + places, peak + gl.log2(total), mask=start + s_inner < q_length)
 
 
 @gluon_jit
@@ -262,6 +266,7 @@ def hopper_kernel(
     statistics,
     heads,
     length,
+    q_length,
     shared_tiles,
     sharers,
     whole_tiles,
@@ -274,8 +279,8 @@ def hopper_kernel(
 ):
     """Each program's ``whole_tiles`` to ``out`` and ``log_sums``, its share of the others to ``parts``.
 
-    ``parts`` [sharers, 2, 64 * WARPGROUPS, D] are weighted sums of values, ``statistics``
-    [sharers, 2, 2, 64 * WARPGROUPS] the largest score and the sum of the weights.
+    The first ``q_length`` of ``length`` tokens have queries. ``parts`` [sharers, 2, 64 * WARPGROUPS, D] are weighted
+    sums of values, ``statistics`` [sharers, 2, 2, 64 * WARPGROUPS] the largest score and the sum of the weights.
     """
     barrier: gl.constexpr = hopper.mbarrier.MBarrierLayout()
     queries = gl.allocate_shared_memory(query_box.dtype, [WARPGROUPS, 64, D], query_box.layout)
@@ -293,7 +298,7 @@ def hopper_kernel(
     buffers = (queries, ring)
     barriers = (q_ready, q_read, ready, read)
     results = (out, log_sums, parts, statistics)
-    sizes = (heads, length, shared_tiles, sharers, whole_tiles)
+    sizes = (heads, length, q_length, shared_tiles, sharers, whole_tiles)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
@@ -325,6 +330,7 @@ def add_parts_kernel(
     log_sums,
     heads,
     length,
+    q_length,
     shared_tiles,
     sharers,
     D: tl.constexpr,
@@ -352,10 +358,10 @@ def add_parts_kernel(
     weights = tl.exp2(peaks - peak[None, :])
     total = tl.sum(totals * weights, 0)
     value = tl.sum(values * weights[:, :, None], 0) / total[:, None]
-    tiles = tl.cdiv(length, QUERIES)
+    tiles = tl.cdiv(q_length, QUERIES)
     row = tile // tiles
     queries = tile % tiles * QUERIES + inner
-    inside = queries < length
-    places = ((row // heads).to(tl.int64) * length + queries) * heads + row % heads
+    inside = queries < q_length
+    places = ((row // heads).to(tl.int64) * q_length + queries) * heads + row % heads
     tl.store(out + places[:, None] * D + d[None, :], value.to(out.dtype.element_ty), mask=inside[:, None])
-    tl.store(log_sums + row.to(tl.int64) * length + queries, peak + tl.log2(total), mask=inside)
+    tl.store(log_sums + row.to(tl.int64) * q_length + queries, peak + tl.log2(total), mask=inside)

@@ -2,7 +2,9 @@
 
 For each group b and head h, with L = F * T tokens (frame-major, then row-major pixels),
 
-    out = softmax(Q K^T / sqrt(D)) V,        Q, K, V in R^{L x D}.
+    out = softmax(Q K^T / sqrt(D)) V,        Q, K, V in R^{L x D};
+
+of the frames behind the first ``keep``, if given, only keys and values count.
 
 Source: the inflated "3D" self-attention of MVDream (arXiv 2308.16512, section 3.1), which ImageDream keeps; the
 kernel is FlashAttention-2 (arXiv 2307.08691), and on Hopper FlashAttention-3 for long sequences
@@ -57,6 +59,7 @@ def attention_kernel(
     stride_head,
     heads,
     length,
+    q_length,
     scale,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -64,8 +67,11 @@ def attention_kernel(
     EVEN_QUERIES: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
 ):
-    """One program for each tile of queries of each group and head; ``scale`` is log2(e) / sqrt(D)."""
-    tiles = tl.cdiv(length, QUERIES)
+    """One program for each tile of queries of each group and head; ``scale`` is log2(e) / sqrt(D).
+
+    The first ``q_length`` of ``length`` tokens have queries.
+    """
+    tiles = tl.cdiv(q_length, QUERIES)
     row = tl.program_id(0) // tiles
     group, head = (row // heads).to(tl.int64), row % heads
     step = tl.cast(stride_token, tl.int64)
@@ -76,7 +82,11 @@ def attention_kernel(
     q_places = start + (queries * step)[:, None] + d[None, :]
     k_places = start + stride_part + columns[None, :] * stride_token + d[:, None]
     v_places = start + 2 * stride_part + columns[:, None] * stride_token + d[None, :]
-    q = tl.load(q_places) if EVEN_QUERIES else tl.load(q_places, mask=(queries < length)[:, None], other=0.0)
+    q = (
+        tl.load(q_places)
+        if EVEN_QUERIES
+        else tl.load(q_places, mask=(queries < q_length)[:, None], other=0.0)
+    )
     peak = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, D], tl.float32)
@@ -94,14 +104,14 @@ def attention_kernel(
         peak, total, acc = _add_block(scores, v, scale, peak, total, acc)
     values = (acc / total[:, None]).to(out.dtype.element_ty)
     log_sum = peak + tl.log2(total)
-    out_places = out + (((group * length + queries) * heads + head) * D)[:, None] + d[None, :]
-    sum_places = log_sums + row.to(tl.int64) * length + queries
+    out_places = out + (((group * q_length + queries) * heads + head) * D)[:, None] + d[None, :]
+    sum_places = log_sums + row.to(tl.int64) * q_length + queries
     if EVEN_QUERIES:
         tl.store(out_places, values)
         tl.store(sum_places, log_sum)
     else:
-        tl.store(out_places, values, mask=(queries < length)[:, None])
-        tl.store(sum_places, log_sum, mask=queries < length)
+        tl.store(out_places, values, mask=(queries < q_length)[:, None])
+        tl.store(sum_places, log_sum, mask=queries < q_length)
 
 
 @jit
@@ -143,12 +153,14 @@ _tuned = Tuned("attention", attention_kernel, _candidates)
 
 
 @torch.library.custom_op(
-    "imagedream_rt::multi_view_attention", mutates_args=(), schema="(Tensor tokens) -> (Tensor, Tensor)"
+    "imagedream_rt::multi_view_attention",
+    mutates_args=(),
+    schema="(Tensor tokens, SymInt q_length) -> (Tensor, Tensor)",
 )
-def _attention(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, L, 3, H, D] -> [B, L, H*D] and the base-2 logarithms of the softmax's sums [B, H, L]."""
+def _attention(tokens: Tensor, q_length: int) -> tuple[Tensor, Tensor]:
+    """[B, L, 3, H, D] -> of the first Q tokens [B, Q, H*D] and the base-2 logarithms of the sums [B, H, Q]."""
     b, length, _, h, d = tokens.shape
-    out, log_sums = _empty(tokens)
+    out, log_sums = _empty(tokens, q_length)
     if out.numel() == 0:
         return out, log_sums
 
@@ -156,11 +168,22 @@ def _attention(tokens: Tensor) -> tuple[Tensor, Tensor]:
         if launch in _attention_hopper.launches(d):
             _attention_hopper.attend(tokens, out, log_sums, launch)
             return
-        grid = (b * h * triton.cdiv(length, launch["QUERIES"]),)
-        even = {f"EVEN_{name}": length % launch[name] == 0 for name in ("QUERIES", "KEYS")}
+        grid = (b * h * triton.cdiv(q_length, launch["QUERIES"]),)
+        lengths = {"QUERIES": q_length, "KEYS": length}
+        even = {f"EVEN_{name}": count % launch[name] == 0 for name, count in lengths.items()}
         scale = math.log2(math.e) / math.sqrt(d)
         attention_kernel[grid](
-            tokens, out, log_sums, *tokens.stride()[:4], h, length, scale, D=d, **even, **launch.options
+            tokens,
+            out,
+            log_sums,
+            *tokens.stride()[:4],
+            h,
+            length,
+            q_length,
+            scale,
+            D=d,
+            **even,
+            **launch.options,
         )
 
     run(_tuned.choose(tokens.device, (b, length, h, d, _attention_hopper.fits(tokens)), run))
@@ -168,9 +191,9 @@ def _attention(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_attention.register_fake
-def _empty(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    b, length, _, h, d = tokens.shape
-    return tokens.new_empty(b, length, h * d), tokens.new_empty(b, h, length, dtype=torch.float32)
+def _empty(tokens: Tensor, q_length: int) -> tuple[Tensor, Tensor]:
+    b, _, _, h, d = tokens.shape
+    return tokens.new_empty(b, q_length, h * d), tokens.new_empty(b, h, q_length, dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -189,13 +212,14 @@ def _empty_gradient(tokens: Tensor, out: Tensor, log_sums: Tensor, grad: Tensor)
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    assert inputs[1] == inputs[0].shape[1], "the gradient is of all queries"
+    ctx.save_for_backward(inputs[0], *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Tensor:
-    return _attention_gradient(*ctx.saved_tensors, grad)
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    return _attention_gradient(*ctx.saved_tensors, grad), None
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -213,7 +237,7 @@ def check_attention_backend(backend: str) -> None:
         _xformers_attention()
 
 
-def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "auto") -> Tensor:
+def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "auto", keep: int | None = None) -> Tensor:
     """Self-attention over all F*T tokens of each group; softmax scale 1/sqrt(D); differentiable once.
 
     Args:
@@ -224,12 +248,14 @@ def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "auto") -> Ten
             and D of 32, 64 or 128. ``"torch"``: scaled_dot_product_attention. ``"xformers"``: its
             memory-efficient attention; needs the ``xformers`` extra and a device that it supports.
             ``"auto"``: ``"triton"`` for what it takes, else ``"torch"``.
+        keep: only the first so many frames are queries; by default F.
 
     Returns:
-        [B, F, T, H*D] in the dtype of ``qkv``, contiguous.
+        [B, keep, T, H*D] in the dtype of ``qkv``, contiguous.
 
     Raises:
-        ValueError: ``qkv`` has another shape, the backend is unknown, or ``"triton"`` does not take ``qkv``.
+        ValueError: ``qkv`` has another shape, ``keep`` is not in 1..F, the backend is unknown, or ``"triton"``
+            does not take ``qkv``.
         ImportError: the backend is not installed.
 
     Example:
@@ -242,15 +268,23 @@ def multi_view_attention(qkv: Tensor, backend: AttentionBackend = "auto") -> Ten
         raise ValueError(f"qkv must be [B, F, T, 3, H, D], got {list(qkv.shape)}")
     check_attention_backend(backend)
     b, f, t, _, h, d = qkv.shape
-    tokens = qkv.flatten(1, 2)
+    if keep is not None and not 1 <= keep <= f:
+        raise ValueError(f"keep is {keep}; of {f} frames it must lie in 1..{f}")
+    tokens, q_length = qkv.flatten(1, 2), f * t if keep is None else keep * t
     if backend == "xformers":
-        out = _xformers_attention()(*tokens.unbind(2))
+        q, k, v = tokens.unbind(2)
+        out = _xformers_attention()(q if keep is None else q[:, :q_length], k, v)
     elif _takes(backend, qkv):
-        out = _attention(tokens if tokens.stride(-1) == 1 else tokens.contiguous())[0]
+        # The gradient's kernels take all queries.
+        every = torch.is_grad_enabled() and qkv.requires_grad
+        tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+        out = _attention(tokens, f * t if every else q_length)[0]
+        out = out[:, :q_length].contiguous() if every and keep is not None else out
     else:
         q, k, v = tokens.permute(2, 0, 3, 1, 4)
+        q = q if keep is None else q[:, :, :q_length]
         out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return out.reshape(b, f, t, h * d)
+    return out.reshape(b, f if keep is None else keep, t, h * d)
 
 
 def _takes(backend: AttentionBackend, qkv: Tensor) -> bool:

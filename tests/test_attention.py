@@ -225,6 +225,34 @@ def test_kernel_of_a_gradient_that_is_not_contiguous(kernel_device: torch.device
     assert_close(qkv.grad[:, :, :, 2], exact.grad[:, :, :, 2])
 
 
+@pytest.mark.parametrize("keep", [1, 3, 4])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_queries_of_the_first_frames(
+    keep: int, backend: attention.AttentionBackend, kernel_device: torch.device
+) -> None:
+    qkv = packed((2, 4, 9, 2, 32), torch.float16, kernel_device)
+    whole, exact = qkv.double().requires_grad_(), qkv.detach().requires_grad_()
+    wanted = multi_view_attention_reference(whole)[:, :keep]
+    for given in (qkv, exact):
+        out = multi_view_attention(given, backend, keep)
+        assert out.shape == (2, keep, 9, 64)
+        assert out.is_contiguous()
+        assert_close(out, wanted)
+    cotangent = randn(*wanted.shape, seed=2).to(qkv)
+    out.backward(cotangent)
+    wanted.backward(cotangent.double())
+    assert exact.grad is not None
+    assert whole.grad is not None
+    for part in range(3):
+        assert_close(exact.grad[:, :, :, part], whole.grad[:, :, :, part])
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_frames_that_are_not_there_have_no_queries(keep: int) -> None:
+    with pytest.raises(ValueError, match=rf"keep is {keep}; of 4 frames"):
+        multi_view_attention(torch.zeros(1, 4, 1, 3, 1, 1), keep=keep)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 4, 2, 32), (1, 4, 0, 2, 32), (1, 4, 4, 0, 32)], ids=str)
 def test_kernel_of_nothing(shape: tuple[int, ...], kernel_device: torch.device) -> None:
     qkv = packed(shape, torch.float16, kernel_device).requires_grad_()
@@ -237,7 +265,8 @@ def test_kernel_of_nothing(shape: tuple[int, ...], kernel_device: torch.device) 
 
 def test_kernel_is_an_operator_for_the_compiler(kernel_device: torch.device) -> None:
     tokens = packed((1, 1, 5, 2, 32), torch.float16, kernel_device).flatten(1, 2).requires_grad_()
-    torch.library.opcheck(attention._attention, (tokens,))
+    torch.library.opcheck(attention._attention, (tokens, 5))
+    torch.library.opcheck(attention._attention, (tokens.detach(), 3))
 
 
 def test_gradcheck_of_the_reference() -> None:
@@ -300,6 +329,7 @@ def test_parts_of_shared_tiles_are_added_up(
         log_sums,
         heads,
         length,
+        length,
         shared_tiles,
         sharers,
         D=dim,
@@ -317,7 +347,8 @@ def test_parts_of_shared_tiles_are_added_up(
 def build(
     module: str, kernel: str, tensors: dict[str, str], launches: list[Launch], dim: int, arch: int
 ) -> None:
-    sizes = ("stride_group", "stride_token", "stride_part", "stride_head", "heads", "length")
+    sizes = ["stride_group", "stride_token", "stride_part", "stride_head", "heads", "length"]
+    sizes += ["q_length"] * (kernel == "attention_kernel")
     even = {"D": dim, "EVEN_QUERIES": False, "EVEN_KEYS": False}
     compile_ahead(
         module,
@@ -361,7 +392,7 @@ def test_hopper_kernel_compiles_without_a_gpu(dim: int) -> None:
     layouts = _triton.gl
     if layouts is None:
         pytest.skip(f"Gluon of Triton {_triton.GLUON_OF}x is not installed")
-    numbers = ("heads", "length", "shared_tiles", "sharers", "whole_tiles")
+    numbers = ("heads", "length", "q_length", "shared_tiles", "sharers", "whole_tiles")
     for launch in _attention_hopper.launches(dim)[:1]:
         boxes = {
             name: f"tensordesc<bf16[{rows},{dim}],"
@@ -413,9 +444,13 @@ def test_every_launch_equals_reference(shape: tuple[int, ...], monkeypatch: pyte
     sums = (q @ k.mT * d**-0.5).logsumexp(-1) / math.log(2)
     for launch in attention._candidates(b, f * t, h, d, _attention_hopper.fits(tokens)):
         monkeypatch.setattr(attention._tuned, "choose", lambda *_, launch=launch: launch)
-        out, log_sums = attention._attention(tokens)
+        out, log_sums = attention._attention(tokens, f * t)
         assert_close(out.view(truth.shape), truth)
         assert_close(log_sums, sums)
+        for q_length in (t, (f - 1) * t):
+            few, few_sums = attention._attention(tokens, q_length)
+            assert_close(few, truth.flatten(1, 2)[:, :q_length])
+            assert_close(few_sums, sums[:, :, :q_length])
 
 
 @pytest.mark.gpu
