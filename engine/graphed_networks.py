@@ -53,8 +53,8 @@ class GraphedUNet(MultiViewUNet):
         """As :meth:`MultiViewUNet.forward`."""
         if _is_trained(self):
             return self._replays.function(*arguments, **named)
-        # A graph holds the scale's value.
-        return self._replays(*arguments, also=(_address(self), self.image_scale), **named)
+        # A graph holds the scale's value, and weights that were folded from the network's.
+        return self._replays(*arguments, also=(self.weights_seen, self.image_scale), **named)
 
     def prompt_key_values(self, context: Tensor, image_tokens: Tensor | None = None) -> list[KeyValues]:
         """As :meth:`MultiViewUNet.prompt_key_values`."""
