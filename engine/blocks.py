@@ -18,6 +18,7 @@ from torch.nn import functional
 from ..kernels._triton import use_triton
 from ..kernels.attention import AttentionBackend, multi_view_attention
 from ..kernels.bias_residual import bias_residual
+from ..kernels.convolution import doubled_convolution, doubled_weight, fits
 from ..kernels.cross_attention import decoupled_cross_attention
 from ..kernels.geglu import geglu
 from .layers import (
@@ -118,8 +119,8 @@ class Upsample(KernelLayer):
     """Doubles height and width (nearest), then a convolution.
 
     The 3x3 taps on the doubled map see 2x2 pixels of the small one, other taps together for each parity of row and
-    column: one transposed 4x4 convolution, four ninths of the products. Frozen networks in half precision on CUDA take
-    it, with weights folded once, where it is the faster.
+    column: four ninths of the products. Frozen networks in half precision on CUDA take them, with weights folded once,
+    by this package's kernel, or by the library as a transposed 4x4 convolution where that is the faster.
     """
 
     LEAST_PIXELS = 512
@@ -128,10 +129,15 @@ class Upsample(KernelLayer):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Convolution(channels, channels, 3, padding=1)
+        self.parities = Derived(doubled_weight)
         self.folded = Derived(folded_doubling)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        if fits(self.backend, x, self.conv.weight, self.conv.bias):
+            weight = self.parities.at(self.conv.weight)
+            if weight is not None:
+                return doubled_convolution(x, weight, self.conv.bias)
         weight = self.folded.at(self.conv.weight) if self._folds(x) else None
         if weight is None:
             return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))

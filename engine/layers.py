@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ..kernels._triton import KernelBackend, use_triton
 from ..kernels.bias_residual import bias_residual
+from ..kernels.convolution import convolution, fits
 from ..kernels.group_norm import group_norm
 from ..kernels.layer_norm import add_layer_norm, layer_norm
 
@@ -93,6 +94,8 @@ class Convolution(KernelLayer, nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` [N, C, H, W] -> [N, C', H', W'], as ``residual``."""
+        if _on_kernel(self, self.backend, x, residual):
+            return convolution(x, self.weight, self.bias, residual)
         if self.bias is None or not use_triton(self.backend, x):
             y = super().forward(x)
         elif self.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
@@ -179,17 +182,27 @@ class StackedParameters(nn.Module):
         )
 
 
+def _on_kernel(layer: nn.Conv2d, backend: KernelBackend, x: Tensor, residual: Tensor | None = None) -> bool:
+    """Whether the kernel for 3x3 convolutions of small maps computes this one."""
+    form = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
+    known = form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    return known and fits(backend, x, layer.weight, layer.bias, residual)
+
+
 def normalised_convolution(
-    convolution: nn.Conv2d, norm: GroupNorm, x: Tensor, shift: Tensor | None = None
+    layer: nn.Conv2d, norm: GroupNorm, x: Tensor, shift: Tensor | None = None
 ) -> Tensor:
-    """``norm(convolution(x))``; a ``shift`` [N, C'], if given, takes the place of the convolution's bias.
+    """``norm(layer(x))``; a ``shift`` [N, C'], if given, takes the place of the convolution's bias.
 
     On CUDA PyTorch adds a convolution's bias in a pass of its own: here the norm adds it as it reads.
     """
     if shift is None and not x.is_cuda:
-        return norm(convolution(x))
-    h = functional.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
-    return norm(h, bias_of(convolution).expand(h.shape[0], -1) if shift is None else shift)
+        return norm(layer(x))
+    if _on_kernel(layer, norm.backend, x):
+        h = convolution(x, layer.weight)
+    else:
+        h = functional.conv2d(x, layer.weight, None, layer.stride, layer.padding)
+    return norm(h, bias_of(layer).expand(h.shape[0], -1) if shift is None else shift)
 
 
 def bias_of(convolution: nn.Conv2d) -> Tensor:
