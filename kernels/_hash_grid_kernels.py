@@ -228,27 +228,16 @@ def scatter_kernel(
     if p_slope is not None:
         p_slope += first * slope_row
     o = ((region * region_blocks + block).to(tl.int64) * POINTS + tl.arange(0, POINTS)) * RUN
-    m = o < n
-    cell, shares = _shares_of_points(
-        p_x,
-        p_along,
-        p_value,
-        p_slope,
-        o,
-        m,
-        level,
-        stride_point,
-        stride_axis,
-        value_row,
-        value_point,
-        slope_row,
-        slope_axis,
-        slope_point,
-        POINTS,
-        F,
-    )
-    for step in tl.static_range(1, RUN):
-        m_next = o + step < n
+    # What is to be added to the corners of a cell. The last step brings no point, so that there is one place to add:
+    # a second one behind the loop would have the sums in two layouts. A loop that runs and is not unrolled compiles
+    # in a second, not in twenty.
+    m = tl.zeros((POINTS,), tl.int1)
+    nowhere = tl.zeros((POINTS,), tl.uint32)
+    cell, shares = (nowhere, nowhere, nowhere), ()
+    for _ in tl.static_range(8):
+        shares += (tl.zeros((POINTS, F), tl.float32),)  # type: ignore[assignment]
+    for step in range(RUN + 1):
+        m_next = (step < RUN) & (o + step < n)
         cell_next, shares_next = _shares_of_points(
             p_x,
             p_along,
@@ -270,12 +259,11 @@ def scatter_kernel(
         same = m_next & _same(cell, cell_next)
         add_to_corners(p_grad, cell, level, m & ~same, shares, F, PAIRS)
         cell, m, shares = cell_next, m_next, _sum_where(same, shares, shares_next)
-    add_to_corners(p_grad, cell, level, m, shares, F, PAIRS)
 
 
 def _candidates(features: int, slopes: bool, pairs: bool, size: int) -> list[Launch]:
     """For fewer than 2^``size`` points: long runs once there are programs enough."""
-    runs = (8, 4, 2) if size > 15 else (1,)
+    runs = (8, 16, 4) if size > 15 else (1,)
     return [Launch.of(warps=WARPS, POINTS=POINTS, RUN=run) for run in runs]
 
 

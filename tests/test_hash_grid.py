@@ -396,7 +396,7 @@ def test_encode_kernel_builds_ahead_of_time(arch: int, table: str, along: bool) 
 def test_scatter_kernel_builds_ahead_of_time(arch: int, sums: str) -> None:
     sizes = ("regions", "value_row", "value_point", "slope_row", "slope_axis", "slope_point")
     arguments = {**TENSORS, **SIZES, **dict.fromkeys(sizes, "i32"), "p_grad": sums}
-    constants = {**CONSTANTS, "RUN": 2, "PAIRS": arch >= 90 and sums == "*fp32"}
+    constants = {**CONSTANTS, "RUN": 8, "PAIRS": arch >= 90 and sums == "*fp32"}
     compile_ahead("_hash_grid_kernels", "scatter_kernel", arguments, [constants], arch)
 
 
