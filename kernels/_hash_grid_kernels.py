@@ -258,7 +258,7 @@ def scatter_kernel(
         )
         same = m_next & _same(cell, cell_next)
         add_to_corners(p_grad, cell, level, m & ~same, shares, F, PAIRS)
-        cell, m, shares = cell_next, m_next, _sum_where(same, shares, shares_next)
+        cell, m, shares = cell_next, m_next, _sum_where(m & same, shares, shares_next)
 
 
 def _candidates(features: int, slopes: bool, pairs: bool, size: int) -> list[Launch]:
