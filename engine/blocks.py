@@ -33,6 +33,7 @@ from .layers import (
 )
 
 GROUPS = 32
+HALF = (torch.float16, torch.bfloat16)
 
 
 class KeyValues(NamedTuple):
@@ -144,11 +145,15 @@ class Upsample(KernelLayer):
         y = functional.conv_transpose2d(x, weight, None, stride=2, padding=1)
         return bias_residual(y, bias_of(self.conv), None, self.backend)
 
+    def folded_from(self) -> tuple[Tensor, ...]:
+        """Parameters that a tensor is computed from ahead of calls."""
+        return (self.conv.weight,)
+
     def _folds(self, x: Tensor) -> bool:
-        fits = (
-            x.dtype == self.conv.weight.dtype != torch.float32 and x.numel() >= self.LEAST_PIXELS * x.shape[1]
-        )
-        return fits and not torch.is_autocast_enabled(x.device.type) and use_triton(self.backend, x)
+        halves = x.dtype == self.conv.weight.dtype in HALF
+        enough = x.numel() >= self.LEAST_PIXELS * x.shape[1]
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return halves and enough and not autocast and use_triton(self.backend, x)
 
 
 def folded_doubling(weight: Tensor) -> Tensor:
@@ -260,6 +265,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """``total``, with the result for ``x`` added in place by the last product as it writes, but for its bias."""
+        gated, last = self.net[0](x), self.net[-1]
+        assert isinstance(last, nn.Linear)
+        total.view(-1, total.shape[-1]).addmm_(gated.flatten(0, -2), last.weight.t())
+        return total
+
 
 class TransformerBlock(nn.Module):
     """Self-attention over all views, cross-attention to the prompt, feed-forward; pre-norm, residual."""
@@ -273,13 +285,19 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(channels)
         self.norm3 = LayerNorm(channels)
 
-    def forward(self, x: Tensor, prompt: Prompt, frames: int, keep: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, prompt: Prompt, frames: int, keep: int | None = None, *, last_bias: bool = True
+    ) -> Tensor:
+        """``x`` [N, T, C] -> the same, or of the first ``keep`` frames of each group.
+
+        Without ``last_bias`` the feed-forward's is left out, and nothing is differentiable.
+        """
         delta = self.attn1(self.norm1(x), frames, keep)
         if keep is not None:
             x = x.unflatten(0, (-1, frames))[:, :keep].flatten(0, 1)
         x, normed = self.norm2.after_sum(x, delta)
         x, normed = self.norm3.after_sum(x, self.attn2(normed, prompt))
-        return x + self.ff(normed)
+        return x + self.ff(normed) if last_bias else self.ff.add_to(x, normed)
 
 
 class MultiViewTransformer(nn.Module):
@@ -292,6 +310,7 @@ class MultiViewTransformer(nn.Module):
         block = TransformerBlock(channels, context_dim, head_dim, with_image)
         self.transformer_blocks = nn.ModuleList((block,))
         self.proj_out = nn.Linear(channels, channels)
+        self.bias_out = Derived(bias_behind)
 
     def forward(self, x: Tensor, prompt: Prompt, frames: int, keep: int | None = None) -> Tensor:
         """``x`` [N, C, H, W], N a multiple of ``frames`` -> [N, C, H, W].
@@ -301,11 +320,36 @@ class MultiViewTransformer(nn.Module):
         # Of a channels-last map the tokens are a view, and the other way round.
         tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
         (block,) = self.transformer_blocks
-        tokens = block(tokens, prompt, frames, keep)
-        delta = self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        bias = self._bias_out(tokens)
+        tokens = block(tokens, prompt, frames, keep, last_bias=bias is None)
+        bias = self.proj_out.bias if bias is None else bias
+        delta = functional.linear(tokens, self.proj_out.weight, bias)
+        delta = delta.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         if keep is None:
             return x + delta
         return (x.unflatten(0, (-1, frames))[:, :keep] + delta.unflatten(0, (-1, keep))).flatten(0, 1)
+
+    def _bias_out(self, tokens: Tensor) -> Tensor | None:
+        """In half precision and without gradients: the last bias, with that of the feed-forward before it in it."""
+        if torch.is_grad_enabled() and tokens.requires_grad:
+            return None
+        if tokens.dtype not in HALF or self.proj_out.weight.dtype != tokens.dtype or not self.folded_from():
+            return None
+        return self.bias_out.at(*self.folded_from())
+
+    def folded_from(self) -> tuple[Tensor, ...]:
+        """Parameters that a tensor is computed from ahead of calls."""
+        (block,) = self.transformer_blocks
+        assert isinstance(block, TransformerBlock)
+        last = block.ff.net[-1]
+        if not isinstance(last, nn.Linear):  # in fp8
+            return ()
+        return self.proj_out.weight, self.proj_out.bias, last.bias
+
+
+def bias_behind(weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+    """The bias [C'] of a linear layer with ``weight`` [C', C] that a bias [C] of its input is moved into."""
+    return torch.addmv(bias.float(), weight.float(), before.float()).to(bias.dtype)
 
 
 class Stage(nn.Sequential):

@@ -109,30 +109,30 @@ class Convolution(KernelLayer, nn.Conv2d):
 
 
 class Derived:
-    """A tensor computed from a frozen parameter, kept until the parameter is another one or was written to.
+    """A tensor computed from frozen parameters, kept until one of them is another one or was written to.
 
     What CUDA graphs or ``parameter.data`` write goes unnoticed, so this is for weights in their final, half precision.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
         self.compute = compute
-        self._of: tuple[int, ...] | None = None
+        self._of: tuple[tuple[int, ...], ...] | None = None
 
-    def at(self, parameter: Tensor) -> Tensor | None:
-        """None where it cannot be kept: of a parameter that is trained, or cannot tell whether it was written to.
+    def at(self, *parameters: Tensor) -> Tensor | None:
+        """None where it cannot be kept: of parameters that are trained, or cannot tell whether they were written to.
 
         Nor while a CUDA graph is captured, in whose memory it would lie, or a network is compiled or exported.
         """
         if torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return None
-        if parameter.requires_grad or parameter.is_inference():
+        if any(parameter.requires_grad or parameter.is_inference() for parameter in parameters):
             return None
-        of = (id(parameter), parameter.data_ptr(), parameter._version)
+        of = tuple((id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters)
         if of != self._of:
-            if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+            if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
             with torch.inference_mode(False), torch.no_grad():
-                self._value, self._of = self.compute(parameter), of
+                self._value, self._of = self.compute(*parameters), of
         return self._value
 
 

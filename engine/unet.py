@@ -114,7 +114,7 @@ class MultiViewUNet(StackedParameters):
         # A tuple, which does not make them this module's own once more.
         self._first_convolutions = tuple(block.first_convolution for block in residual)
         self._shift_widths = [convolution.out_channels for convolution in self._first_convolutions]
-        self._upsamplings = tuple(module for module in self.modules() if isinstance(module, Upsample))
+        self._folding = tuple(m for m in self.modules() if isinstance(m, (Upsample, MultiViewTransformer)))
         self.to_shifts = nn.Parameter(torch.empty(sum(self._shift_widths), embed_dim))
         self.to_shifts_bias = nn.Parameter(torch.empty(sum(self._shift_widths)))
         nn.init.kaiming_uniform_(self.to_shifts, a=math.sqrt(5))  # as nn.Linear
@@ -130,8 +130,8 @@ class MultiViewUNet(StackedParameters):
 
         The address of the first of them, and how often those were written to that other weights are folded from.
         """
-        folded = (layer.conv.weight for layer in self._upsamplings)
-        return next(self.parameters()).data_ptr(), *(0 if w.is_inference() else w._version for w in folded)
+        folded = (parameter for layer in self._folding for parameter in layer.folded_from())
+        return next(self.parameters()).data_ptr(), *(0 if p.is_inference() else p._version for p in folded)
 
     def use_attention_backend(self, backend: AttentionBackend) -> None:
         """Choose what computes the self-attentions: ``"auto"``, ``"triton"``, ``"torch"`` or ``"xformers"``.

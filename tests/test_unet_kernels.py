@@ -217,9 +217,10 @@ def test_folded_weights_are_kept_until_the_weights_change(upsampled: Upsampled) 
         layer.load_state_dict({name: value + assign for name, value in other.items()}, assign=assign)
         layer.requires_grad_(False)
         assert upsampled.error() <= 1e-3
-    layer.float().half()
+    assert upsampled.foldings == 4
+    layer.float().conv.weight.add_(1.0)
+    layer.half()  # perhaps where they were before
     assert upsampled.error() <= 1e-3
-    assert upsampled.foldings == 5
     assert list(layer.state_dict()) == ["conv.weight", "conv.bias"]
 
 
@@ -269,6 +270,37 @@ def test_a_captured_network_folds_before_its_capture(upsampled: Upsampled) -> No
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         upsampled.layer(upsampled.x)
     assert upsampled.foldings == 1
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_a_feed_forwards_residual_sum_is_its_last_products(keep: int | None) -> None:
+    network = random_unet().half()
+    for name, parameter in network.named_parameters():
+        if name.endswith(("proj_out.bias", "net.2.bias")):
+            parameter.normal_()
+    given = inputs(SMALL)
+    with Operators() as ran:
+        found = network(**given, keep=keep)
+    assert ran.others["addmm_"] == 4
+    network.requires_grad_(True)
+    with torch.no_grad(), Operators() as ran:
+        wanted = network(**given, keep=keep)
+    assert "addmm_" not in ran.others
+    assert relative_error(found, wanted) <= 5 * torch.finfo(torch.float16).eps
+    network.requires_grad_(False)
+    x = given["latents"].half().requires_grad_()
+    (gradient,) = torch.autograd.grad(network(**{**given, "latents": x}).float().sum(), x)
+    assert gradient.isfinite().all()
+    for last in (m.proj_out for m in network.modules() if isinstance(m, blocks.MultiViewTransformer)):
+        last.bias.zero_()  # what is kept of the old ones must not be used
+        last.weight.zero_()
+    seen = []
+    for layer in network.modules():
+        if isinstance(layer, blocks.MultiViewTransformer):
+            layer.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    network(**given)
+    assert len(seen) == 4
+    assert all(torch.equal(before, after) for before, after in seen)
 
 
 def test_stacked_projections_keep_their_released_names() -> None:
