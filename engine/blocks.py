@@ -22,6 +22,7 @@ from ..kernels.convolution import doubled_convolution, doubled_weight, fits
 from ..kernels.cross_attention import decoupled_cross_attention
 from ..kernels.geglu import geglu
 from .layers import (
+    HALF,
     Convolution,
     Derived,
     GroupNorm,
@@ -33,7 +34,6 @@ from .layers import (
 )
 
 GROUPS = 32
-HALF = (torch.float16, torch.bfloat16)
 
 
 class KeyValues(NamedTuple):

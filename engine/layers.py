@@ -17,6 +17,8 @@ from ..kernels.convolution import convolution, fits
 from ..kernels.group_norm import group_norm
 from ..kernels.layer_norm import add_layer_norm, layer_norm
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class KernelLayer(nn.Module):
     """A layer of which a kernel computes something; see :func:`use_kernels`."""
@@ -72,42 +74,6 @@ class LayerNorm(KernelLayer, nn.LayerNorm):
         return add_layer_norm(x, delta, self.weight, self.bias, self.eps, self.backend)
 
 
-class Convolution(KernelLayer, nn.Conv2d):
-    """``nn.Conv2d`` with a residual sum behind it, if there is one.
-
-    On CUDA, PyTorch adds a bias in a pass of its own and the residual in another: here one does both.
-    """
-
-    @classmethod
-    def taking_over(cls, convolution: nn.Conv2d) -> Convolution:
-        """The same convolution with the very same parameters."""
-        own = cls(
-            convolution.in_channels,
-            convolution.out_channels,
-            convolution.kernel_size,  # type: ignore[arg-type]
-            convolution.stride,  # type: ignore[arg-type]
-            convolution.padding,  # type: ignore[arg-type]
-            device="meta",
-        )
-        own.weight, own.bias = convolution.weight, convolution.bias
-        return own
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x`` [N, C, H, W] -> [N, C', H', W'], as ``residual``."""
-        if _on_kernel(self, self.backend, x, residual):
-            return convolution(x, self.weight, self.bias, residual)
-        if self.bias is None or not use_triton(self.backend, x):
-            y = super().forward(x)
-        elif self.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
-            # A matrix product, which adds the bias as it writes.
-            y = functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
-                0, 3, 1, 2
-            )
-        else:
-            return bias_residual(self._conv_forward(x, self.weight, None), self.bias, residual, self.backend)
-        return y if residual is None else y + residual
-
-
 class Derived:
     """A tensor computed from frozen parameters, kept until one of them is another one or was written to.
 
@@ -134,6 +100,81 @@ class Derived:
             with torch.inference_mode(False), torch.no_grad():
                 self._value, self._of = self.compute(*parameters), of
         return self._value
+
+
+class Convolution(KernelLayer, nn.Conv2d):
+    """``nn.Conv2d`` with a residual sum behind it, if there is one.
+
+    On CUDA, PyTorch adds a bias in a pass of its own and the residual in another: here one does both. The gradient by
+    the input is a convolution too, with the weights turned around; of many channels cuDNN is the faster at that.
+    """
+
+    TURNED_FROM = 512
+    """Channels on both sides from which the gradient of frozen weights in half precision is computed so."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.turned = Derived(turned_weight)
+
+    @classmethod
+    def taking_over(cls, convolution: nn.Conv2d) -> Convolution:
+        """The same convolution with the very same parameters."""
+        own = cls(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,
+            convolution.stride,
+            convolution.padding,
+            device="meta",
+        )
+        own.weight, own.bias = convolution.weight, convolution.bias
+        return own
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x`` [N, C, H, W] -> [N, C', H', W'], as ``residual``."""
+        if _on_kernel(self, self.backend, x, residual):
+            return convolution(x, self.weight, self.bias, residual)
+        if self.bias is None or not use_triton(self.backend, x):
+            y = super().forward(x)
+        elif self.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
+            # A matrix product, which adds the bias as it writes.
+            y = functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
+                0, 3, 1, 2
+            )
+        else:
+            return bias_residual(self.without_bias(x), self.bias, residual, self.backend)
+        return y if residual is None else y + residual
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """``x`` [N, C, H, W] -> [N, C', H', W']."""
+        turned = self.turned.at(self.weight) if self._turns(x) else None
+        if turned is None:
+            return self._conv_forward(x, self.weight, None)
+        return _TurnedGradient.apply(x, self.weight, turned)
+
+    def _turns(self, x: Tensor) -> bool:
+        many = min(self.in_channels, self.out_channels) >= self.TURNED_FROM
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        halves = x.dtype == self.weight.dtype in HALF
+        return many and wanted and halves and _is_3x3(self) and use_triton(self.backend, x)
+
+
+class _TurnedGradient(torch.autograd.Function):
+    """A 3x3 convolution without a gradient by its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, turned: Tensor) -> Tensor:
+        ctx.save_for_backward(turned)
+        return functional.conv2d(x, weight, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return functional.conv2d(grad, ctx.saved_tensors[0], padding=1), None, None
+
+
+def turned_weight(weight: Tensor) -> Tensor:
+    """[C', C, 3, 3] -> [C, C', 3, 3]: those of a gradient that a 3x3 convolution sends back."""
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 class StackedParameters(nn.Module):
@@ -184,9 +225,12 @@ class StackedParameters(nn.Module):
 
 def _on_kernel(layer: nn.Conv2d, backend: KernelBackend, x: Tensor, residual: Tensor | None = None) -> bool:
     """Whether the kernel for 3x3 convolutions of small maps computes this one."""
+    return _is_3x3(layer) and fits(backend, x, layer.weight, layer.bias, residual)
+
+
+def _is_3x3(layer: nn.Conv2d) -> bool:
     form = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
-    known = form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    return known and fits(backend, x, layer.weight, layer.bias, residual)
+    return form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
 def normalised_convolution(
@@ -196,10 +240,12 @@ def normalised_convolution(
 
     On CUDA PyTorch adds a convolution's bias in a pass of its own: here the norm adds it as it reads.
     """
-    if shift is None and not x.is_cuda:
+    if shift is None and not use_triton(norm.backend, x):
         return norm(layer(x))
     if _on_kernel(layer, norm.backend, x):
         h = convolution(x, layer.weight)
+    elif isinstance(layer, Convolution):
+        h = layer.without_bias(x)
     else:
         h = functional.conv2d(x, layer.weight, None, layer.stride, layer.padding)
     return norm(h, bias_of(layer).expand(h.shape[0], -1) if shift is None else shift)

@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, block: ResnetBlock2D) -> None:
         super().__init__()
         self.norm1 = GroupNorm.taking_over(block.norm1, silu=True)
-        self.conv1 = block.conv1
+        self.conv1 = Convolution.taking_over(block.conv1)
         self.norm2 = GroupNorm.taking_over(block.norm2, silu=True)
         self.conv2 = Convolution.taking_over(block.conv2)
         shortcut = block.conv_shortcut

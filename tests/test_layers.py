@@ -94,6 +94,30 @@ def test_a_convolution_has_its_bias_and_residual(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_gradient_by_the_input_is_a_convolution_with_turned_weights(
+    kernel_device: torch.device, untuned: None, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(Convolution, "TURNED_FROM", 8)
+    layer = Convolution(8, 16, 3, padding=1).to(kernel_device, torch.float16).requires_grad_(trained)
+    use_kernels(layer, "triton")
+    x = torch.randn(2, 8, 3, 4, device=kernel_device, dtype=torch.float16, requires_grad=True)
+    cotangent = torch.randn(2, 16, 3, 4, device=kernel_device, dtype=torch.float16)
+    with Operators() as ran:
+        (found,) = torch.autograd.grad(layer(x), x, cotangent)
+    assert ran.others["convolution_backward"] == trained
+    assert ran.others["convolution"] == 2 - trained
+    assert layer.bias is not None
+    exact = x.detach().double().requires_grad_()
+    y = functional.conv2d(exact, layer.weight.double(), layer.bias.double(), padding=1)
+    (wanted,) = torch.autograd.grad(y, exact, cotangent.double())
+    assert ((found - wanted).norm() / wanted.norm()).item() <= 1e-3
+    with Operators() as ran:
+        layer(x.detach())
+    assert ran.others["flip"] == 0  # nothing to prepare for
+
+
 def test_the_choice_reaches_every_layer() -> None:
     network = nn.Sequential(GroupNorm(2, 4, eps=1e-5), nn.Sequential(LayerNorm(4), nn.SiLU()))
     chosen = [module for module in network.modules() if isinstance(module, KernelLayer)]

@@ -57,8 +57,9 @@ def encoded_with_gradient(codec: LatentCodec, pictures: Tensor) -> tuple[Tensor,
 def test_names_parameters_and_numbers_are_those_of_diffusers(theirs: AutoencoderKL) -> None:
     ours = LatentCodec(copy.deepcopy(theirs), 0.5)
     kinds = [type(module) for module in ours.modules()]
-    # Of the convolutions, those that a norm does not follow; one of a downsampling adds its bias there.
-    counts = {ResidualBlock: 10, AttentionBlock: 2, Downsample: 1, Convolution: 4 + 10 + 2 + 2 + 1}
+    # Two in each block, the shortcuts, the first, the last and the one beside the latents of both halves, and the
+    # upsampling's; that of a downsampling adds its bias there.
+    counts = {ResidualBlock: 10, AttentionBlock: 2, Downsample: 1, Convolution: 4 + 20 + 2 + 2 + 1}
     assert {kind: kinds.count(kind) for kind in counts} == counts
     expected, found = theirs.state_dict(), ours.vae.state_dict()
     assert list(found) == list(expected)
