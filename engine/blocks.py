@@ -152,8 +152,8 @@ class Upsample(KernelLayer):
     def _folds(self, x: Tensor) -> bool:
         halves = x.dtype == self.conv.weight.dtype in HALF
         enough = x.numel() >= self.LEAST_PIXELS * x.shape[1]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return halves and enough and not autocast and use_triton(self.backend, x)
+        triton = use_triton(self.backend, x)
+        return halves and enough and triton and not torch.is_autocast_enabled(x.device.type)
 
 
 def folded_doubling(weight: Tensor) -> Tensor:
