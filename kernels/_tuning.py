@@ -128,7 +128,9 @@ def _build(device: torch.device, candidates: Sequence[Launch], run: Callable[[La
             run(candidate)
 
     # A thread has no CUDA context before its first call of the runtime, and tensor descriptors are made with one.
-    with ThreadPoolExecutor(os.cpu_count() or 1, initializer=torch.cuda.synchronize, initargs=(device,)) as threads:
+    with ThreadPoolExecutor(
+        os.cpu_count() or 1, initializer=torch.cuda.synchronize, initargs=(device,)
+    ) as threads:
         list(threads.map(build, candidates))
 
 
