@@ -196,48 +196,48 @@ def backward_kernel(
     m_outer = (o_hidden < H) & (channel < 3)
     inner = load_inner(p_inner, H, WIDTH_IN, HIDDEN, WIDTH)
     through = split(load_outer(p_outer, 0, H, HIDDEN)[:, None] * inner)
-    inner = transposed(split(inner))
+    inner = split(inner)
     both_orders = tl.zeros((HIDDEN, WIDTH), tl.float32)
     if p_grad_albedo is not None:
         colour_inner = split(load_inner(p_colour_inner, H, WIDTH_IN, HIDDEN, WIDTH))
         grad_colour_inner = tl.zeros((HIDDEN, WIDTH), tl.float32)
         colour_outer = split(tl.load(p_colour_outer + channel * H + o_hidden, mask=m_outer, other=0.0))
         grad_colour_outer = tl.zeros((HIDDEN, 16), tl.float32)
-    n, block, behind = _blocks(p_count, n, BLOCK)
-    while block < behind:
+    n, first, behind = _blocks(p_count, n, BLOCK)
+    # Addresses in shared memory, taken out of the loop, would push a quarter of a kilobyte out of the registers.
+    for block in tl.range(first, behind, disable_licm=True):
         o = block * BLOCK + tl.arange(0, BLOCK)[:, None]
         m = o < n
         o_rows, m_rows = o_feature * row + o, m & (o_feature < WIDTH_IN)
-        values = tl.load(p_value + o_rows, mask=m_rows, other=0.0)
+        # Points lie along the columns, as in memory: hidden units by points go into the next product as they are.
+        values = tl.load(p_value + tl.trans(o_rows), mask=tl.trans(m_rows), other=0.0)
         features = split(values)
         g = tl.zeros((BLOCK, WIDTH), tl.float32)
         if p_grad_albedo is not None:
-            m_channel = m & (channel < 3)
-            albedo = tl.load(p_albedo + o * 3 + channel, mask=m_channel, other=0.0)
-            grad = tl.load(p_grad_albedo + o * 3 + channel, mask=m_channel, other=0.0)
+            o_channel, m_channel = o * 3 + channel, m & (channel < 3)
+            albedo = tl.load(p_albedo + o_channel, mask=m_channel, other=0.0)
+            grad = tl.load(p_grad_albedo + o_channel, mask=m_channel, other=0.0)
             grad_out = split(grad * albedo * (1.0 - albedo))
-            hidden = product(features, transposed(colour_inner))
-            grad_hidden = product(grad_out, transposed(colour_outer))
-            grad_hidden = split(tl.where(hidden > 0.0, grad_hidden, 0.0))
-            hidden = transposed(split(tl.maximum(hidden, 0.0)))
+            hidden = split(tl.maximum(product(colour_inner, features), 0.0))
             grad_colour_outer = product(hidden, grad_out, grad_colour_outer)
-            grad_colour_inner = product(transposed(grad_hidden), features, grad_colour_inner)
-            g = product(grad_hidden, colour_inner)
-        second = tl.zeros((BLOCK, WIDTH), tl.float32)
+            grad_hidden = product(colour_outer, transposed(grad_out))
+            grad_hidden = split(tl.where(hidden[0] > 0.0, grad_hidden, 0.0))
+            grad_colour_inner = product(grad_hidden, transposed(features), grad_colour_inner)
+            g = product(transposed(grad_hidden), colour_inner)
+        second = tl.zeros((WIDTH, BLOCK), tl.float32)
         if p_slope is not None:
-            second = tl.load(p_slope + o_rows, mask=m_rows, other=0.0)
+            second = tl.load(p_slope + tl.trans(o_rows), mask=tl.trans(m_rows), other=0.0)
         if p_grad_sigma is not None:
-            second += _grad_raw(p_sigma, p_grad_sigma, o, m) * values
-        active = tl.where(product(features, inner) > 0.0, 1.0, 0.0).to(FACTOR)
-        both_orders = exact_product(tl.trans(active), split(second), both_orders)
-        s = exact_product(active, through)
+            second += _grad_raw(p_sigma, p_grad_sigma, tl.trans(o), tl.trans(m)) * values
+        active = tl.where(product(inner, features) > 0.0, 1.0, 0.0).to(FACTOR)
+        both_orders = exact_product(active, transposed(split(second)), both_orders)
+        s = exact_product(tl.trans(active), through)
         # The products have waited for all warps to load what is overwritten now.
         if p_slope is not None:
             tl.store(p_slope + o_rows, s, mask=m_rows)
         if p_grad_sigma is not None:
             g += _grad_raw(p_sigma, p_grad_sigma, o, m) * s
         tl.store(p_value + o_rows, g, mask=m_rows)
-        block += 1
 
     m = (o_hidden < H) & (o_feature < WIDTH_IN)
     outer = load_outer(p_outer, 0, H, HIDDEN)[:, None]

@@ -43,7 +43,7 @@ def _forward_candidates(normals: bool, levels: int, hidden: int, number: int, ma
 
 
 def _backward_candidates(normals: bool, colour: bool, width: int, hidden: int, many: bool) -> list[Launch]:
-    sizes = ((64, 4), (128, 8), (64, 8), (32, 4)) if many else ((64, 4),)
+    sizes = ((64, 4), (64, 8)) if many else ((64, 4),)
     return [Launch.of(BLOCK=block, warps=warps, stages=1) for block, warps in sizes]
 
 
