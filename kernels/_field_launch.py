@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -42,13 +41,9 @@ def _forward_candidates(normals: bool, levels: int, hidden: int, number: int, ma
     return [Launch.of(BLOCK=block, warps=warps, stages=1) for block, warps in sizes]
 
 
-def _backward_candidates(normals: bool, colour: bool, width: int, hidden: int, many: bool) -> list[Launch]:
-    sizes = ((64, 4), (64, 8)) if many else ((64, 4),)
-    return [Launch.of(BLOCK=block, warps=warps, stages=1) for block, warps in sizes]
-
-
 FORWARD = Tuned("radiance_field", forward_kernel, _forward_candidates)
-BACKWARD = Tuned("radiance_field_backward", backward_kernel, _backward_candidates)
+# With eight warps Triton 3.6 makes a kernel for Hopper that reads where nothing is.
+BACKWARD = Launch.of(BLOCK=64, warps=4, stages=1)
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ def _add_parts(
     """As :func:`_add_part`, a part of the points after another."""
     points = by_point[0]
     assert points is not None
-    # Parts of one size, so that what is chosen for one fits all.
+    # Parts of one size, so that what the scatter chooses for one fits all.
     parts = -(-len(points) // PART)
     size = -(-len(points) // (parts * ALIGNED)) * ALIGNED
     starts = range(0, len(points), size)
@@ -171,22 +166,14 @@ def _add_part(
     constants = settings.constants(weights[0])
     constants["WIDTH"] = 2 * constants.pop("LEVELS")
     targets = [*sums[1:], *(None for _ in range(5 - len(sums)))]
-    given = (*weights, count, sigma, albedo, grad_sigma, grad_albedo)
-
-    def run(launch: Launch, targets: Sequence[Tensor | None]) -> None:
-        programs = _programs(points, launch["BLOCK"], max(1, WARPS_AT_ONCE // launch.warps))
-        backward_kernel[programs](value, slope, *given, *targets, n, size, **constants, **launch.options)
-
-    scratch = cache(lambda: [None if target is None else torch.zeros_like(target) for target in targets])
-    key = (slope is not None, grad_albedo is not None, constants["WIDTH"], constants["HIDDEN"], n >= MANY)
-    # Before anything is in the work space: to try it out writes there.
-    chosen = BACKWARD.choose(points.device, key, lambda launch: run(launch, scratch()))
+    given = (*weights, count, sigma, albedo, grad_sigma, grad_albedo, *targets)
     prepare_kernel[(-(-n // PREPARED),)](
         *(points, normal, grad_normal, inverse, unit, along, n, size), BLOCK=PREPARED
     )
     x, vectors = unit[:, :n].t(), None if along is None else along[:, :n].t()
     launch_encode(x, entries, settings.levels, count, vectors, value, slope)
-    run(chosen, targets)
+    programs = _programs(points, BACKWARD["BLOCK"], WARPS_AT_ONCE // BACKWARD.warps)
+    backward_kernel[programs](value, slope, *given, n, size, **constants, **BACKWARD.options)
     scatter(
         sums[0],
         x,
