@@ -150,10 +150,13 @@ class Upsample(KernelLayer):
         return (self.conv.weight,)
 
     def _folds(self, x: Tensor) -> bool:
-        halves = x.dtype == self.conv.weight.dtype in HALF
-        enough = x.numel() >= self.LEAST_PIXELS * x.shape[1]
-        triton = use_triton(self.backend, x)
-        return halves and enough and triton and not torch.is_autocast_enabled(x.device.type)
+        # The size comes last: an export must not depend on it.
+        return (
+            x.dtype == self.conv.weight.dtype in HALF
+            and use_triton(self.backend, x)
+            and not torch.is_autocast_enabled(x.device.type)
+            and x.numel() >= self.LEAST_PIXELS * x.shape[1]
+        )
 
 
 def folded_doubling(weight: Tensor) -> Tensor:
