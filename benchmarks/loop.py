@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..engine.backends import Backends
-from ..engine.captured import CapturedDistillation
+from ..engine.captured import LOOK_EVERY, CapturedDistillation
 from ..engine.condition_bank import GreyBank
 from ..engine.conditioning import Conditioner
 from ..engine.config import FusionConfig, Stage
@@ -48,7 +48,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage of the schedule; times in milliseconds on the device, ``host`` without waiting for it."""
+    """One stage of the schedule; times in milliseconds on the device, ``host`` of the host, never waiting for it."""
 
     loop: str
     resolution: int
@@ -200,11 +200,14 @@ def _captured_row(
     state = FieldState(replace(config, stages=(stage,)), SEED, torch.device("cuda"))
     _hold(state, field)
     loop = CapturedDistillation(state.config, state, guidance, bank)
-    for step in range(6):
+    # Until two looks at the sample counts have settled the size of the buffers.
+    for step in range(2 * LOOK_EVERY - 1):
         loop.advance(step)
-    times, host = _step_times(lambda step: loop.advance(step), 6, steps)
     found = loop.sample_counts()
-    busy = _busy_share(lambda step: loop.advance(step), 6 + steps)
+    loop.advance(2 * LOOK_EVERY - 1)
+    times = _step_times(loop.advance, 2 * LOOK_EVERY, steps)
+    host = _host_ms(loop.advance, 2 * LOOK_EVERY + steps)
+    busy = _busy_share(loop.advance, 3 * LOOK_EVERY + steps)
     parts = _parts(loop)
     return StageRow(
         "ours",
@@ -220,20 +223,31 @@ def _captured_row(
     )
 
 
-def _step_times(advance: Callable[[int], object], first: int, steps: int) -> tuple[list[float], float]:
-    """Milliseconds from step to step on the device, and the host's median share of a step."""
+def _step_times(advance: Callable[[int], object], first: int, steps: int) -> list[float]:
+    """Milliseconds from step to step on the device."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    host = []
     torch.cuda.synchronize()
     events[0].record()
     for number in range(steps):
-        start = time.perf_counter()
         advance(first + number)
-        host.append((time.perf_counter() - start) * 1e3)
         events[number + 1].record()
     torch.cuda.synchronize()
-    times = [one.elapsed_time(other) for one, other in pairwise(events)]
-    return times, float(np.median(host))
+    return [one.elapsed_time(other) for one, other in pairwise(events)]
+
+
+def _host_ms(advance: Callable[[int], object], first: int, steps: int = 12) -> float:
+    """Median milliseconds that the host takes to begin a step while the device's queue has room.
+
+    A full queue, after half a dozen graphs, holds the host up until the device has done one: that is no work.
+    """
+    found = []
+    for number in range(first, first + steps):
+        if (number - first) % 3 == 0:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        advance(number)
+        found.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(found))
 
 
 def _summary(times: list[float]) -> tuple[float, float, float]:
@@ -321,7 +335,7 @@ def _plain_rows(
         with torch.autocast("cuda", dtype=torch.float16, enabled=rung.dtype == torch.float32):
             for step in range(2):
                 fusion.distill(step)
-            times, host = _step_times(fusion.distill, 2, steps)
+            times = _step_times(fusion.distill, 2, steps)
         peak = torch.cuda.max_memory_reserved() / 2**30
         yield StageRow(
             rung.name,
@@ -329,7 +343,7 @@ def _plain_rows(
             stage.views,
             count,
             *_summary(times),
-            host,
+            None,
             None,
             None,
             None,

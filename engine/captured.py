@@ -124,9 +124,11 @@ class CapturedDistillation:
             for n, limit in zip(found, self._most, strict=True)
         )
         self._capacity = Capacity(*rows)
-        # The old graph's memory must be free before the new one takes its own.
+        # The old graph's memory must be free, and given back, before the new one takes its own.
         self._replay = GraphedStep(lambda: None, self.state.device)
         self.state.optimizer.zero_grad(set_to_none=True)
+        if self.state.device.type == "cuda":
+            torch.cuda.empty_cache()
         streams = self.state.streams
         self._replay = GraphedStep(
             self._step, self.state.device, [streams[name] for name in ("jitter", "vae", "noise")], warmup=1
