@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import tiny
 from command_line import SECONDS, CommandLine, object_picture
+from rounding import relative_error
 from torch import nn
 
 from imagedream_rt import ImageTo3D
@@ -214,7 +215,8 @@ def test_a_replayed_network_is_the_same_network(everywhere: None) -> None:
         plain = sample_views(model, conditioner(model), steps=3, seed=2, guidance_scale=scale)
         for _ in range(2):
             found = sample_views(replayed, conditioner(model), steps=3, seed=2, guidance_scale=scale)
-            assert torch.equal(found, plain)
+            # Rounding: with several threads sums are split by where a tensor lies.
+            assert relative_error(found, plain) < 1e-5
         assert len(unet._replays) == graphs
 
 
