@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..kernels.bias_residual import bias_residual, bias_residual_reference
-from .harness import OURS, Case
+from .harness import OURS, Case, random_maps
 
 # (views or frames, channels, side): the encoder at 4 views, the UNet at 10 frames.
 SHAPES = [(4, 128, 256), (4, 256, 128), (4, 512, 64), (10, 320, 32), (10, 1280, 8)]
@@ -15,12 +15,7 @@ SHAPES = [(4, 128, 256), (4, 256, 128), (4, 512, 64), (10, 320, 32), (10, 1280, 
 
 def cases() -> Iterator[Case]:
     for samples, channels, side in SHAPES:
-        x, residual = (
-            torch.randn(samples, channels, side, side, device="cuda", dtype=torch.float16).contiguous(
-                memory_format=torch.channels_last
-            )
-            for _ in range(2)
-        )
+        x, residual = (random_maps(samples, channels, side, side) for _ in range(2))
         yield _case(x, torch.randn(channels, device="cuda", dtype=torch.float16), residual)
 
 

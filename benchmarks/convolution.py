@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..kernels import convolution
 from ..kernels.bias_residual import bias_residual
-from .harness import OURS, Case
+from .harness import OURS, Case, random_maps
 
 # (frames, channels, channels of the result, side): ten frames and, for the shape of which there are most, twenty.
 SHAPES = [
@@ -32,11 +32,11 @@ def cases() -> Iterator[Case]:
 
 
 def _case(frames: int, channels: int, out_channels: int, side: int, doubled: bool) -> Case:
-    x = _maps(frames, channels, side, side)
-    weight = _maps(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
+    x = random_maps(frames, channels, side, side)
+    weight = random_maps(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
     bias = torch.randn(out_channels, device="cuda", dtype=torch.float16)
     scale = 2 if doubled else 1
-    residual = None if doubled else _maps(frames, out_channels, side, side)
+    residual = None if doubled else random_maps(frames, out_channels, side, side)
     folded = convolution.doubled_weight(weight)
 
     def ours() -> Tensor:
@@ -61,12 +61,6 @@ def _case(frames: int, channels: int, out_channels: int, side: int, doubled: boo
         1e-3,
         2 * 9 * channels * out_channels * frames * (scale * side) ** 2,
         "TFLOP/s",
-    )
-
-
-def _maps(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.float16).contiguous(
-        memory_format=torch.channels_last
     )
 
 

@@ -13,19 +13,14 @@ from torch import Tensor
 from ..kernels.forked_group_norm import forked_group_norm
 from ..kernels.group_norm import group_norm, group_norm_reference
 from .group_norm import ENCODER, EPS, TOLERANCE
-from .harness import OURS, Case
+from .harness import OURS, Case, random_maps
 
 Norm = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def cases() -> Iterator[Case]:
     for samples, channels, side in ENCODER:
-        x, *grads = (
-            torch.randn(samples, channels, side, side, device="cuda", dtype=torch.float16).contiguous(
-                memory_format=torch.channels_last
-            )
-            for _ in range(3)
-        )
+        x, *grads = (random_maps(samples, channels, side, side) for _ in range(3))
         yield _case(x.requires_grad_(), grads)
 
 

@@ -195,6 +195,12 @@ def ceilings() -> dict[str, float]:
     return {"TFLOP/s": product, "TB/s": copy}
 
 
+def random_maps(*shape: int) -> Tensor:
+    """Feature maps [N, C, H, W] in float16, channels-last, on the GPU."""
+    drawn = torch.randn(*shape, device="cuda", dtype=torch.float16)
+    return drawn.contiguous(memory_format=torch.channels_last)
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Relative L2 error, computed in float64; NaN counts as infinite. ``ValueError`` for another shape."""
     if found.shape != wanted.shape:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels._triton import use_triton
+from ..kernels._triton import HALF, use_triton
 from ..kernels.attention import AttentionBackend, multi_view_attention
 from ..kernels.bias_residual import bias_residual
 from ..kernels.convolution import doubled_convolution, doubled_weight, fits
 from ..kernels.cross_attention import decoupled_cross_attention
 from ..kernels.geglu import geglu
 from .layers import (
-    HALF,
     Convolution,
     Derived,
     GroupNorm,
@@ -162,14 +161,12 @@ class Upsample(KernelLayer):
 def folded_doubling(weight: Tensor) -> Tensor:
     """Weights [C', C, 3, 3] behind a nearest doubling -> those [C, C', 4, 4] of the same by transposed convolution.
 
-    Of the four taps along each side, two reach an output pixel of each parity: the first and the last alone come from
-    the neighbour, and the others are sums of two of the three.
+    Of the four taps along each side, two reach an output pixel of each parity: those of :func:`doubled_weight`, from
+    the last of the second parity to the first of the first.
     """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for side in (2, 3):
-        before, here, behind = wide.unbind(side)
-        wide = torch.stack((behind, here + behind, before + here, before), side)
-    return wide.transpose(0, 1).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    by_tap_and_parity = doubled_weight(weight).permute(3, 2, 4, 0, 5, 1)
+    folded = by_tap_and_parity.flatten(4, 5).flatten(2, 3).flip(2, 3)
+    return folded.contiguous(memory_format=torch.channels_last)
 
 
 class MultiViewSelfAttention(KernelLayer, StackedParameters):
@@ -336,9 +333,10 @@ class MultiViewTransformer(nn.Module):
         """In half precision and without gradients: the last bias, with that of the feed-forward before it in it."""
         if torch.is_grad_enabled() and tokens.requires_grad:
             return None
-        if tokens.dtype not in HALF or self.proj_out.weight.dtype != tokens.dtype or not self.folded_from():
+        folded_from = self.folded_from()
+        if not folded_from or not self.proj_out.weight.dtype == tokens.dtype in HALF:
             return None
-        return self.bias_out.at(*self.folded_from())
+        return self.bias_out.at(*folded_from)
 
     def folded_from(self) -> tuple[Tensor, ...]:
         """Parameters that a tensor is computed from ahead of calls."""

@@ -125,7 +125,7 @@ class Conditioner:
         if level in self._cache:
             self._cache.move_to_end(level)
             return self._cache[level]
-        conditioning = self._cache[level] = self.encode([level])[0]
+        conditioning = self._cache[level] = self.encode(level)
         if len(self._cache) > CACHED_COLOURS:
             self._cache.popitem(last=False)
         return conditioning
@@ -139,16 +139,12 @@ class Conditioner:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def encode(self, levels: Sequence[Level]) -> list[Conditioning]:
-        """The conditions over each of some colours, given as integer levels 0..255; in one batch, not cached."""
-        found = self.features(levels)
+    def encode(self, level: Level) -> Conditioning:
+        """The conditions over a colour, given as integer levels 0..255; not cached."""
+        found = self.features([level])
         if found is None:
-            return [Conditioning(self.context, None, None, None)] * len(levels)
-        tokens = [torch.cat([row, found.nothing]) for row in found.tokens.split(1)]
-        if found.mean is None or found.std is None:
-            return [Conditioning(self.context, row, None, None) for row in tokens]
-        rows = zip(tokens, found.mean.split(1), found.std.split(1), strict=True)
-        return [Conditioning(self.context, *row) for row in rows]
+            return Conditioning(self.context, None, None, None)
+        return Conditioning(self.context, torch.cat([found.tokens, found.nothing]), found.mean, found.std)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels._triton import KernelBackend, use_triton
+from ..kernels._triton import HALF, KernelBackend, use_triton
 from ..kernels.bias_residual import bias_residual
 from ..kernels.convolution import convolution, fits
 from ..kernels.group_norm import group_norm
 from ..kernels.layer_norm import add_layer_norm, layer_norm
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class KernelLayer(nn.Module):

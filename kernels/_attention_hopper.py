@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import TensorDescriptor, gl, gluon, gluon_jit, hopper, jit, tl, triton
+from ._triton import dense_box, gl, gluon, gluon_jit, hopper, jit, tl, triton
 from ._tuning import Launch
 
 KEYS = 128
@@ -103,8 +103,7 @@ def attend(tokens: Tensor, out: Tensor, log_sums: Tensor, launch: Launch) -> Non
 def _box(tokens: Tensor, rows: int) -> Any:
     """What copies ``rows`` tokens' D numbers of one head and one of q, k, v."""
     b, length, _, h, d = tokens.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, d], getattr(gl, str(tokens.dtype).split(".")[1]))
-    return TensorDescriptor(tokens, [b * length, 3 * h * d], [3 * h * d, 1], [rows, d], layout)
+    return dense_box(tokens, [b * length, 3 * h * d], [rows, d])
 
 
 @gluon_jit

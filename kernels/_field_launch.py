@@ -19,8 +19,8 @@ from ._tuning import Launch, Tuned
 PROGRAMS = 8
 """Programs on each multiprocessor, at least as many as fit."""
 
-WARPS_AT_ONCE = 8
-"""Backward: as many as the registers of a multiprocessor hold: each program has sums of its own to add at its end."""
+FEW_PROGRAMS = 2
+"""Backward: as many on each as its registers hold: each program has sums of its own to add at its end."""
 
 PART = 2**18
 """Backward: most points of a part. With 16 levels and normals it takes 280 bytes for each."""
@@ -172,7 +172,7 @@ def _add_part(
     )
     x, vectors = unit[:, :n].t(), None if along is None else along[:, :n].t()
     launch_encode(x, entries, settings.levels, count, vectors, value, slope)
-    programs = _programs(points, BACKWARD["BLOCK"], WARPS_AT_ONCE // BACKWARD.warps)
+    programs = _programs(points, BACKWARD["BLOCK"], FEW_PROGRAMS)
     backward_kernel[programs](value, slope, *given, n, size, **constants, **BACKWARD.options)
     scatter(
         sums[0],

@@ -39,7 +39,8 @@ KernelBackend = Literal["auto", "triton", "torch"]
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the kernels count on its asynchronous copies and bfloat16."""
 
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+HALF = (torch.float16, torch.bfloat16)
+HALF_AND_SINGLE = (*HALF, torch.float32)
 
 
 def jit(function: Any = None, **options: Any) -> Any:
@@ -52,6 +53,15 @@ def jit(function: Any = None, **options: Any) -> Any:
 def gluon_jit(function: Any) -> Any:
     """``gluon.jit``; without Gluon the function as it is, which is then never launched."""
     return function if gluon is None else gluon.jit(function)
+
+
+def dense_box(tensor: Tensor, shape: list[int], block: list[int]) -> Any:
+    """With Gluon: what copies blocks of a tensor whose memory is dense in this shape."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, str(tensor.dtype).split(".")[1]))
+    return TensorDescriptor(tensor, shape, strides, block, layout)
 
 
 def constant(value: Any) -> Any:

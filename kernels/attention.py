@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from . import _attention_hopper
 from ._attention_backward import attention_gradient
-from ._triton import jit, tl, triton, use_triton
+from ._triton import HALF, jit, tl, triton, use_triton
 from ._tuning import Launch, Tuned
 
 AttentionBackend = Literal["auto", "triton", "torch", "xformers"]
@@ -32,7 +32,7 @@ AttentionBackend = Literal["auto", "triton", "torch", "xformers"]
 HEAD_DIMS = (32, 64, 128)
 """Head sizes of the Triton kernels."""
 
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = HALF
 """What the Triton kernels multiply in, with sums in float32; float32 itself is left to SDPA."""
 
 

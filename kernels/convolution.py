@@ -19,15 +19,15 @@ The kernel is for Hopper and for no gradients; :func:`fits` says of what. The re
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._group_tiles import is_channels_last
 from ._triton import (
+    HALF,
     KernelBackend,
-    TensorDescriptor,
+    dense_box,
     gl,
     gluon,
     gluon_jit,
@@ -39,7 +39,6 @@ from ._triton import (
 )
 from ._tuning import Launch
 
-DTYPES = (torch.float16, torch.bfloat16)
 ROWS = 64
 """Pixels of a warpgroup's tile."""
 DEPTH = 64
@@ -286,8 +285,8 @@ def _convolution(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     convolution_kernel[(tiles, parts, parities)](
-        _box(x, [samples, height, width, channels], [ROWS // (lines * width), lines, width, DEPTH]),
-        _box(weight, [parities * out_channels, taps * channels], [columns, DEPTH]),
+        dense_box(x, [samples, height, width, channels], [ROWS // (lines * width), lines, width, DEPTH]),
+        dense_box(weight, [parities * out_channels, taps * channels], [columns, DEPTH]),
         out,
         bias if whole else None,
         residual if whole else None,
@@ -313,15 +312,6 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _box(tensor: Tensor, shape: list[int], block: list[int]) -> Any:
-    """What copies blocks of memory that is dense in this shape."""
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, str(tensor.dtype).split(".")[1]))
-    return TensorDescriptor(tensor, shape, strides, block, layout)
-
-
 def fits(backend: KernelBackend, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernel takes these, and should: small maps, half precision, channels-last, no gradient wanted.
 
@@ -337,7 +327,7 @@ def fits(backend: KernelBackend, x: Tensor, weight: Tensor, *others: Tensor | No
     return (
         all(tensor.is_cuda for tensor in given)
         and torch.cuda.get_device_capability(x.device)[0] == 9
-        and use_triton("auto", *given, dtypes=DTYPES)
+        and use_triton("auto", *given, dtypes=HALF)
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled("cuda")
         and 0 < x.numel() <= LARGEST

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from ._grid_lookup import MOST_NUMBERS, PRIMES, GridLevel
 from ._hash_grid_kernels import encode, scatter, summed, zero_sums
-from ._triton import KernelBackend, use_triton
+from ._triton import HALF, KernelBackend, use_triton
 from .perceptron import blocks
 
 BLOCK = 2**20
@@ -37,8 +37,6 @@ BLOCK = 2**20
 
 FEATURES = (1, 2, 4, 8)
 """Features per level that the kernels know."""
-
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def grid_levels(levels: int, log2_table: int, base_resolution: int, growth: float) -> tuple[GridLevel, ...]:
@@ -218,14 +216,14 @@ def _check(
     rows = levels[-1].offset + levels[-1].entries
     if table.dim() != 2 or table.shape[0] != rows:
         raise ValueError(f"table has shape {tuple(table.shape)}; these levels need [{rows}, features]")
-    fits = x.dtype in (torch.float32, torch.float64) and table.dtype in (x.dtype, *HALVES)
+    fits = x.dtype in (torch.float32, torch.float64) and table.dtype in (x.dtype, *HALF)
     if not fits or x.device != table.device:
         raise ValueError(
             f"x is {x.dtype} on {x.device}, table {table.dtype} on {table.device}; they must agree, x in"
             " float32 or float64, or the table be in half precision"
         )
-    if lookup not in (table.dtype, *HALVES):
-        raise ValueError(f"lookup in {lookup}; it may be {', '.join(map(str, HALVES))} or None")
+    if lookup not in (table.dtype, *HALF):
+        raise ValueError(f"lookup in {lookup}; it may be {', '.join(map(str, HALF))} or None")
     if count is not None and (count.shape != (1,) or count.dtype != torch.int32 or count.device != x.device):
         raise ValueError(
             f"count is {count.dtype} {tuple(count.shape)} on {count.device}; it must be int32 [1] on {x.device}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub and torch, which read them once.
@@ -80,3 +81,10 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 def picture(tmp_path: Path) -> Path:
     """A PNG of a simple object before nothing."""
     return save_object_picture(tmp_path)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

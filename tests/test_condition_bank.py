@@ -49,7 +49,7 @@ def test_keys_and_values_are_those_of_the_conditions(controller: Controller):
         found = bank.at_level(torch.tensor([level]))
         assert found.key_values is not None
         assert found.image_tokens is None  # nobody reads them then
-        given = conditioner.encode([(level,) * 3])[0]
+        given = conditioner.encode((level,) * 3)
         expected = conditioner.model.unet.prompt_key_values(given.context, given.image_tokens)
         for one, other in zip(found.key_values, expected, strict=True):
             for x, y in zip(one, other, strict=True):

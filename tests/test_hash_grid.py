@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -282,13 +281,6 @@ def test_slopes_along_vectors(kernel_device: torch.device) -> None:
     _hash_grid_kernels.scatter(sums, x, LEVELS, None, along, *grads)
     gradient = torch.autograd.grad((wanted, slopes), table, [grad.t() for grad in grads])[0]
     agree([sums], [gradient])
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def test_sums_in_whole_numbers(kernel_device: torch.device, request: pytest.FixtureRequest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -185,13 +185,6 @@ def test_a_part_after_another(
     first = FieldValues(*(value[:valid] for value in tensors(values)))
     wanted = with_gradients(field(x[:valid], weights, backend="torch"), weights)
     agree(with_gradients(first, weights), wanted)
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("deterministic")
