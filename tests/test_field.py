@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from imagedream_rt.engine.config import FieldConfig, HashGridConfig
 from imagedream_rt.engine.errors import InputError, MissingDependency
-from imagedream_rt.engine.nerf import background as background_module
 from imagedream_rt.engine.nerf import encoding
 from imagedream_rt.engine.nerf import field as field_module
-from imagedream_rt.engine.nerf.background import Background, spherical_harmonics
+from imagedream_rt.engine.nerf.background import Background
 from imagedream_rt.engine.nerf.field import Field
 from imagedream_rt.kernels.hash_grid import grid_levels
 from imagedream_rt.kernels.radiance_field import normalise
@@ -234,11 +233,6 @@ def test_unknown_or_missing_encoding() -> None:
         Field(SMALL, encoding="tinycudann")
 
 
-def test_recorded_spherical_harmonics() -> None:
-    fixture = recorded()
-    assert relative_error(spherical_harmonics(fixture["sh3.dirs"]), fixture["sh3.out"]) < 1e-6
-
-
 def test_recorded_background() -> None:
     fixture = recorded()
     got = recorded_background()(fixture["background.dirs"])
@@ -254,7 +248,6 @@ def test_background_weights() -> None:
 
 def test_examples() -> None:
     assert doctest.testmod(field_module).failed == 0
-    assert doctest.testmod(background_module).failed == 0
 
 
 @pytest.mark.gpu
