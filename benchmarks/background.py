@@ -40,7 +40,7 @@ def _case(ball: Ball) -> Case:
             "torch.compile": both_ways(torch.compile(background_reference, dynamic=False)),
         },
         reference=reference,
-        tolerance=1e-3,
+        tolerance=1e-4,
         # Direction, colour and its gradient.
         work=ball.directions.nbytes * 3.0,
         unit="TB/s",
