@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.shade import Shading
 from .condition_bank import Conditions
 from .config import FusionConfig, Stage
 from .distill import MultiViewGuidance
@@ -23,7 +24,6 @@ from .draws import StepDraws, StepTensors, draw_step, pack, row_width, unpack
 from .field_state import FieldState
 from .graphed import GraphedStep
 from .nerf.render import MOST_CANDIDATES, Capacity, RenderOutput, render, sample_rays_within
-from .nerf.shading import Shading
 from .objective import objective
 
 LOOK_EVERY = 20

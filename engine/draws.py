@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.shade import ALBEDO, Shading
 from .cameras import Cameras, sample_cameras
 from .config import FusionConfig
 from .distill import timestep_range
 from .model import VIEWS
-from .nerf.shading import ALBEDO, Shading
 from .random_streams import RandomStreams
 
 CAMERA_WIDTH = 16 + 1 + 3

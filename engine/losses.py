@@ -19,20 +19,14 @@ def reconstruction_loss(latents: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (latents - target.detach()).square().sum() / latents.shape[0]
 
 
-def orientation_loss(
-    weights: Tensor, normals: Tensor, directions: Tensor, opacity: Tensor, count: Tensor | None = None
-) -> Tensor:
+def orientation_loss(facing_away: Tensor, opacity: Tensor) -> Tensor:
     """Punish visible normals that look away from the camera: sum(w max(n.d, 0)^2) / pixels with opacity.
 
-    ``weights`` [N] (no gradient), ``normals`` and ``directions`` [N, 3] unit, ``opacity`` any shape; with
-    ``count`` [1] only that many first rows are samples, and the others may hold anything. The divisor is at
-    least one. Source: released ``mvdream_system``; Ref-NeRF equation 11.
+    ``facing_away``: w max(n.d, 0)^2, of samples or summed up over pixels (``RenderOutput.facing_away``);
+    ``opacity`` of the pixels; any shapes. The divisor is at least one. Source: released ``mvdream_system``;
+    Ref-NeRF equation 11.
     """
-    facing_away = (normals * directions).sum(-1).clamp(min=0.0)
-    loss = weights.detach() * facing_away.square()
-    if count is not None:
-        loss = torch.where(torch.arange(len(loss), device=loss.device) < count, loss, 0.0)
-    return loss.sum() / (opacity > 0).sum().clamp(min=1)
+    return facing_away.sum() / (opacity > 0).sum().clamp(min=1)
 
 
 def sparsity_loss(opacity: Tensor) -> Tensor:

@@ -35,11 +35,8 @@ def objective(
 
 def _regulariser(name: str, out: RenderOutput) -> Tensor:
     if name == "orient":
-        samples = out.samples
-        assert samples.normals is not None
-        return losses.orientation_loss(
-            samples.weights, samples.normals, samples.directions, out.opacity, samples.count
-        )
+        assert out.facing_away is not None
+        return losses.orientation_loss(out.facing_away, out.opacity)
     if name == "sparsity":
         return losses.sparsity_loss(out.opacity)
     if name == "opaque":

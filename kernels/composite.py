@@ -1,8 +1,13 @@
-"""Volume rendering of packed samples: weights from densities, and sums along rays.
+"""Volume rendering of packed, lit samples: weights from densities, shading, and sums along rays.
 
 w_i = T_i (1 - exp(-sigma_i d_i)) with T_i = exp(-sum_{j < i} sigma_j d_j) over the samples before i on the
-same ray (Max 1995; Mildenhall et al. 2020, equation 3), d_i the sample's length. A ray with midpoints m_i
-sees sum w_i times value, opacity O = sum w_i, depth D = sum w_i m_i and z-variance sum w_i (m_i - D)^2.
+same ray (Max 1995; Mildenhall et al. 2020, equation 3), d_i the sample's length. A ray o + t d with midpoints m_i
+and colours c_i, shaded at o + m_i d as in ``shade`` from albedo and unit normal n_i, sees
+
+    colour sum w_i c_i,   normal sum w_i n_i,   opacity O = sum w_i,   depth D = sum w_i m_i,
+    z-variance sum w_i (m_i - D)^2,   facing away sum w_i max(n_i.d, 0)^2.
+
+The last, whose weights count as constants, is for the orientation loss (Verbin et al. 2022, equation 11).
 
 Backward, with G_i the gradient by w_i, of whatever comes from it (D's part in the z-variance included):
 d sigma_i = d_i (G_i T_{i+1} - sum_{j > i} G_j w_j).
@@ -13,18 +18,20 @@ that it does not lose digits with the number of rays. The kernels walk along eac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from ._transmittance import absorbed, load_intervals, load_rays, optical_depth
-from ._triton import KernelBackend, jit, tl, use_triton
+from ._composite_kernels import backward_kernel, forward_kernel
+from ._triton import KernelBackend, use_triton
 from ._tuning import Launch
-from .samples import Samples
+from .samples import Samples, midpoints
+from .shade import ALBEDO, Shading, shade
 
 LAUNCH = Launch.of(RAYS=4, CHUNK=8, warps=1)
 
@@ -34,41 +41,80 @@ class Composite:
     """What R rays see, without any background."""
 
     weights: Tensor
-    """[N] of the samples; zero in the rows of a buffer that are no samples."""
-    values: Tensor
-    """[R, C]: sum of weight times value."""
+    """[N] of the samples, without gradient."""
+    colour: Tensor
+    """[R, 3]: sum of weight times shaded colour."""
+    normal: Tensor | None
+    """[R, 3]: sum of weight times normal, where there are normals."""
     opacity: Tensor
     """[R]: sum of the weights."""
     depth: Tensor
     """[R]: sum of weight times midpoint; not divided by the opacity."""
     z_variance: Tensor
     """[R]: sum of weight times (midpoint - depth)^2."""
+    facing_away: Tensor | None
+    """[R]: sum of weight times max(normal . direction, 0)^2, where there are normals; no gradient by the weights."""
 
 
 def composite(
-    sigma: Tensor, values: Tensor, samples: Samples, *, backend: KernelBackend = "auto"
+    sigma: Tensor,
+    albedo: Tensor,
+    normal: Tensor | None,
+    samples: Samples,
+    origins: Tensor,
+    directions: Tensor,
+    light_positions: Tensor | None = None,
+    shading: Shading = ALBEDO,
+    *,
+    backend: KernelBackend = "auto",
 ) -> Composite:
-    """Render R rays from densities sigma [N] and any values [N, C] of their samples; differentiable in both.
+    """Render R rays from the density sigma [N], albedo [N, 3] and unit normal [N, 3] (or None) of their samples;
+    differentiable in all three.
 
-    sigma >= 0 is per scene unit. Rays without samples get zeros. The kernel's results are float32, its
-    gradients have the dtypes of sigma and the values. Raises ``ValueError`` if the number of densities or of
-    values is not that of the samples.
+    sigma >= 0 is per scene unit; origins, unit directions and light positions [R, 3], for which there is no gradient,
+    are the rays'. Normals and lights are only needed for a diffuse part. Rays without samples get zeros. Samples in
+    buffers of a fixed capacity leave the rows behind them out: weights and gradients there are undefined, and the host
+    waits for nothing where the kernels run. They need float32; plain PyTorch takes over for anything else. Raises
+    ``ValueError`` for shapes that do not fit, and when normals or lights are needed and missing.
 
     >>> one, start, end = torch.tensor([1]), torch.tensor([2.0]), torch.tensor([3.0])
     >>> samples = Samples(one, start, end, packed_info=torch.tensor([[0, 0], [0, 1]]))
-    >>> composite(torch.tensor([100.0]), torch.tensor([[0.5]]), samples).values
-    tensor([[0.0000],
-            [0.5000]])
+    >>> rays = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 1.0]]).expand(2, 3)
+    >>> composite(torch.tensor([100.0]), torch.tensor([[0.5, 0.0, 1.0]]), None, samples, *rays).colour
+    tensor([[0.0000, 0.0000, 0.0000],
+            [0.5000, 0.0000, 1.0000]])
     """
-    check_density(sigma, samples)
-    if values.dim() != 2 or len(values) != len(samples):
-        raise ValueError(f"values have shape {tuple(values.shape)}; they must be [{len(samples)}, channels]")
-    if use_triton(backend, sigma, values):
-        return Composite(*_Composite.apply(sigma, values, samples))
+    _check(sigma, albedo, normal, samples, (origins, directions, light_positions), shading)
+    rays = (origins, directions, light_positions if shading.needs_normals else None)
+    if use_triton(backend, sigma, albedo, normal, *rays, dtypes=(torch.float32,)):
+        light = (_on_device(x, sigma) for x in (shading.ambient, shading.diffuse, shading.textureless))
+        return Composite(*_Composite.apply(sigma, albedo, normal, samples, *rays, *light))
     exact = samples.trim()
     n = len(exact)
-    seen = composite_reference(sigma[:n], values[:n], exact)
+    given = (sigma[:n], albedo[:n], None if normal is None else normal[:n])
+    seen = composite_reference(*given, exact, *rays, shading)
     return replace(seen, weights=pad(seen.weights, (0, len(samples) - n)))
+
+
+def _check(
+    sigma: Tensor,
+    albedo: Tensor,
+    normal: Tensor | None,
+    samples: Samples,
+    rays: tuple[Tensor | None, ...],
+    shading: Shading,
+) -> None:
+    check_density(sigma, samples)
+    wanted = {"albedo": (albedo, len(samples)), "normal": (normal, len(samples))}
+    wanted |= {
+        name: (tensor, len(samples.packed_info))
+        for name, tensor in zip(("origins", "directions", "light_positions"), rays, strict=True)
+    }
+    for name, (tensor, rows) in wanted.items():
+        if tensor is not None and tensor.shape != (rows, 3):
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be [{rows}, 3]")
+    if shading.needs_normals and (normal is None or rays[-1] is None):
+        raise ValueError("diffuse shading needs normals and light positions")
 
 
 def check_density(sigma: Tensor, samples: Samples) -> None:
@@ -76,8 +122,25 @@ def check_density(sigma: Tensor, samples: Samples) -> None:
         raise ValueError(f"sigma has shape {tuple(sigma.shape)}; there are {len(samples)} samples")
 
 
-def composite_reference(sigma: Tensor, values: Tensor, samples: Samples) -> Composite:
-    """The same in plain PyTorch, for samples in arrays of exactly their number."""
+def _on_device(value: float | Tensor, like: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else like.new_full((1,), float(value))
+
+
+class Sums(NamedTuple):
+    """As the results of :class:`Composite`, with values [R, C] of any kind."""
+
+    weights: Tensor
+    values: Tensor
+    opacity: Tensor
+    depth: Tensor
+    z_variance: Tensor
+
+
+def sum_along_rays(sigma: Tensor, values: Tensor, samples: Samples) -> Sums:
+    """Volume rendering of any values [N, C], in plain PyTorch; differentiable in them and in sigma [N].
+
+    For samples in arrays of exactly their number.
+    """
     weights = render_weights(sigma, samples)
     middle = (samples.t_starts + samples.t_ends) / 2
     ones = torch.ones_like(middle)
@@ -85,7 +148,34 @@ def composite_reference(sigma: Tensor, values: Tensor, samples: Samples) -> Comp
     depth = sums[:, 1]
     spread = (middle - depth.index_select(0, samples.ray_indices)) ** 2
     z_variance = accumulate(weights, spread[:, None], samples)[:, 0]
-    return Composite(weights, sums[:, 2:], sums[:, 0], depth, z_variance)
+    return Sums(weights, sums[:, 2:], sums[:, 0], depth, z_variance)
+
+
+def composite_reference(
+    sigma: Tensor,
+    albedo: Tensor,
+    normal: Tensor | None,
+    samples: Samples,
+    origins: Tensor,
+    directions: Tensor,
+    light_positions: Tensor | None = None,
+    shading: Shading = ALBEDO,
+    *,
+    render: Callable[[Tensor, Tensor, Samples], Sums] = sum_along_rays,
+) -> Composite:
+    """:func:`composite` in plain PyTorch, for samples in arrays of exactly their number; ``render`` sums up."""
+    points = midpoints(origins, directions, samples, backend="torch")
+    lights = None if light_positions is None else light_positions.index_select(0, samples.ray_indices)
+    colour = shade(albedo, normal, points, lights, shading)
+    sums = render(sigma, colour if normal is None else torch.cat((colour, normal), dim=1), samples)
+    weights, normal_sum, facing_away = sums.weights.detach(), None, None
+    if normal is not None:
+        along = (normal * directions.index_select(0, samples.ray_indices)).sum(-1, keepdim=True)
+        normal_sum = sums.values[:, 3:]
+        facing_away = accumulate(weights, along.clamp(min=0.0).square(), samples)[:, 0]
+    return Composite(
+        weights, sums.values[:, :3], normal_sum, sums.opacity, sums.depth, sums.z_variance, facing_away
+    )
 
 
 def render_weights(sigma: Tensor, samples: Samples) -> Tensor:
@@ -141,200 +231,58 @@ class _Weights(torch.autograd.Function):
         return (grad * passed_after - behind) * length, None
 
 
-@jit
-def _forward_kernel(
-    p_sigma,
-    p_values,
-    p_t_starts,
-    p_t_ends,
-    p_packed_info,
-    p_weights,
-    p_passed,
-    p_seen,
-    p_opacity,
-    p_depth,
-    p_z_variance,
-    n_rays,
-    CHANNELS: tl.constexpr,
-    CHANNELS_PADDED: tl.constexpr,
-    RAYS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    ray, m_ray, begin, count = load_rays(tl.program_id(0), p_packed_info, n_rays, RAYS)
-    channel = tl.arange(0, CHANNELS_PADDED)
-    m_channel = channel < CHANNELS
-    depth_before = tl.zeros((RAYS,), dtype=tl.float32)
-    opacity = tl.zeros((RAYS,), dtype=tl.float32)
-    # Of the midpoints under the weights: the mean and the sum of squares around it, which keeps the digits
-    # that the sum of squares around zero would lose.
-    mean = tl.zeros((RAYS,), dtype=tl.float32)
-    around = tl.zeros((RAYS,), dtype=tl.float32)
-    seen = tl.zeros((RAYS, CHANNELS_PADDED), dtype=tl.float32)
-    longest = tl.max(count)
-    done = 0
-    while done < longest:
-        place = done + tl.arange(0, CHUNK)
-        m = place[None, :] < count[:, None]
-        row = (begin[:, None] + place[None, :]).to(tl.int64)
-        middle, length = load_intervals(p_t_starts, p_t_ends, row, m)
-        depth = optical_depth(p_sigma, length, row, m)
-        depth_behind = depth_before[:, None] + tl.cumsum(depth, axis=1)
-        weight = tl.exp(depth - depth_behind) * absorbed(depth)
-        tl.store(p_weights + row, weight, mask=m)
-        tl.store(p_passed + row, tl.exp(-depth_behind), mask=m)
-        m_value = m[:, :, None] & m_channel[None, None, :]
-        value = tl.load(
-            p_values + row[:, :, None] * CHANNELS + channel[None, None, :], mask=m_value, other=0.0
-        )
-        seen += tl.sum(weight[:, :, None] * value.to(tl.float32), axis=1)
-
-        new = tl.sum(weight, axis=1)
-        total = opacity + new
-        new_mean = tl.sum(weight * middle, axis=1) / tl.maximum(new, 1e-30)
-        part = new / tl.maximum(total, 1e-30)
-        away = middle - new_mean[:, None]
-        shift = new_mean - mean
-        around += tl.sum(weight * away * away, axis=1) + shift * shift * opacity * part
-        mean += shift * part
-        opacity = total
-        depth_before += tl.sum(depth, axis=1)
-        done += CHUNK
-    m_seen = m_ray[:, None] & m_channel[None, :]
-    tl.store(p_seen + ray[:, None] * CHANNELS + channel[None, :], seen, mask=m_seen)
-    depth = opacity * mean
-    tl.store(p_opacity + ray, opacity, mask=m_ray)
-    tl.store(p_depth + ray, depth, mask=m_ray)
-    tl.store(p_z_variance + ray, around + opacity * (mean - depth) * (mean - depth), mask=m_ray)
-
-
-@jit
-def _backward_kernel(
-    p_values,
-    p_t_starts,
-    p_t_ends,
-    p_packed_info,
-    p_weights,
-    p_passed,
-    p_opacity,
-    p_depth,
-    p_grad_weights,
-    p_grad_seen,
-    p_grad_opacity,
-    p_grad_depth,
-    p_grad_z_variance,
-    p_grad_sigma,
-    p_grad_values,
-    n_rays,
-    CHANNELS: tl.constexpr,
-    CHANNELS_PADDED: tl.constexpr,
-    RAYS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Gradients of outputs are given, or None for zero."""
-    ray, m_ray, begin, count = load_rays(tl.program_id(0), p_packed_info, n_rays, RAYS)
-    channel = tl.arange(0, CHANNELS_PADDED)
-    m_channel = channel < CHANNELS
-    if p_grad_seen is not None:
-        m_seen = m_ray[:, None] & m_channel[None, :]
-        grad_seen = tl.load(p_grad_seen + ray[:, None] * CHANNELS + channel[None, :], mask=m_seen, other=0.0)
-    if p_grad_opacity is not None:
-        grad_opacity = tl.load(p_grad_opacity + ray, mask=m_ray, other=0.0)
-    if p_grad_depth is not None:
-        grad_depth = tl.load(p_grad_depth + ray, mask=m_ray, other=0.0)
-    if p_grad_z_variance is not None:
-        grad_z_variance = tl.load(p_grad_z_variance + ray, mask=m_ray, other=0.0)
-        depth = tl.load(p_depth + ray, mask=m_ray, other=0.0)
-        see_through = 1.0 - tl.load(p_opacity + ray, mask=m_ray, other=0.0)
-    # From the last sample to the first: of the samples behind, the sum of weight times gradient by it.
-    behind = tl.zeros((RAYS,), dtype=tl.float32)
-    left = tl.cdiv(tl.max(count), CHUNK) * CHUNK
-    while left > 0:
-        left -= CHUNK
-        place = left + tl.arange(0, CHUNK)
-        m = place[None, :] < count[:, None]
-        row = (begin[:, None] + place[None, :]).to(tl.int64)
-        middle, length = load_intervals(p_t_starts, p_t_ends, row, m)
-        weight = tl.load(p_weights + row, mask=m, other=0.0)
-        grad = tl.zeros((RAYS, CHUNK), dtype=tl.float32)
-        if p_grad_weights is not None:
-            grad += tl.load(p_grad_weights + row, mask=m, other=0.0)
-        if p_grad_opacity is not None:
-            grad += grad_opacity[:, None]
-        if p_grad_depth is not None:
-            grad += grad_depth[:, None] * middle
-        if p_grad_z_variance is not None:
-            away = middle - depth[:, None]
-            grad += grad_z_variance[:, None] * (away * away - 2.0 * middle * (depth * see_through)[:, None])
-        if p_grad_seen is not None:
-            m_value = m[:, :, None] & m_channel[None, None, :]
-            place_value = row[:, :, None] * CHANNELS + channel[None, None, :]
-            value = tl.load(p_values + place_value, mask=m_value, other=0.0).to(tl.float32)
-            grad += tl.sum(value * grad_seen[:, None, :], axis=2)
-            if p_grad_values is not None:
-                tl.store(
-                    p_grad_values + place_value, weight[:, :, None] * grad_seen[:, None, :], mask=m_value
-                )
-        share = tl.where(m, grad * weight, 0.0)
-        later = behind[:, None] + tl.cumsum(share, axis=1, reverse=True) - share
-        passed = tl.load(p_passed + row, mask=m, other=0.0)
-        tl.store(p_grad_sigma + row, length * (grad * passed - later), mask=m)
-        behind += tl.sum(share, axis=1)
-
-
 class _Composite(torch.autograd.Function):
+    """The results in :class:`Composite`'s order."""
+
     @staticmethod
-    def forward(ctx: Any, sigma: Tensor, values: Tensor, samples: Samples) -> Any:
-        n_rays, channels = len(samples.packed_info), values.shape[1]
-        values = values.contiguous()
-        intervals = [x.contiguous() for x in (samples.t_starts, samples.t_ends, samples.packed_info)]
-        # Rows of a buffer that are no samples have no weight.
-        fresh = sigma.new_empty if samples.count is None else sigma.new_zeros
-        weights = fresh(len(samples), dtype=torch.float32)
+    def forward(
+        ctx: Any,
+        sigma: Tensor,
+        albedo: Tensor,
+        normal: Tensor | None,
+        samples: Samples,
+        *rays: Tensor | None,
+    ) -> Any:
+        """``rays``: origins, directions, lights or None; ambient, diffuse, textureless [1]."""
+        n_rays = len(samples.packed_info)
+        intervals = (samples.t_starts, samples.t_ends, samples.packed_info)
+        given = [
+            None if tensor is None else tensor.contiguous() for tensor in (albedo, normal, *intervals, *rays)
+        ]
+        weights = sigma.new_empty(len(samples))
         passed = torch.empty_like(weights)
-        seen = weights.new_empty(n_rays, channels)
-        opacity, depth, z_variance = (weights.new_empty(n_rays) for _ in range(3))
-        _forward_kernel[_grid(n_rays)](
-            sigma.contiguous(),
-            values,
-            *intervals,
-            weights,
-            passed,
-            seen,
-            opacity,
-            depth,
-            z_variance,
-            n_rays,
-            **_channels(channels),
-            **LAUNCH.options,
+        colour = sigma.new_empty(n_rays, 3)
+        normal_sum = None if normal is None else torch.empty_like(colour)
+        opacity, depth, z_variance = (sigma.new_empty(n_rays) for _ in range(3))
+        facing_away = None if normal is None else torch.empty_like(opacity)
+        results = (weights, colour, normal_sum, opacity, depth, z_variance, facing_away)
+        forward_kernel[_grid(n_rays)](
+            sigma.contiguous(), *given, weights, passed, *results[1:], n_rays, **LAUNCH.options
         )
         ctx.set_materialize_grads(False)
-        ctx.padded, ctx.sigma_dtype = samples.count is not None, sigma.dtype
-        ctx.save_for_backward(values, *intervals, weights, passed, opacity, depth)
-        return weights, seen, opacity, depth, z_variance
+        ctx.mark_non_differentiable(weights)
+        ctx.save_for_backward(*given, weights, passed, opacity, depth)
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        values, weights, n_rays = saved[0], saved[4], len(saved[6])
-        fresh = torch.zeros_like if ctx.padded else torch.empty_like
-        grad_sigma = fresh(weights, dtype=ctx.sigma_dtype)
-        grad_values = fresh(values) if ctx.needs_input_grad[1] and grads[1] is not None else None
-        _backward_kernel[_grid(n_rays)](
-            *saved,
+    def backward(ctx: Any, _weights: None, *grads: Tensor | None) -> Any:
+        albedo, normal, _, _, packed_info, _, _, lights, *_ = ctx.saved_tensors
+        by_colour, by_normal_sum, _, _, _, by_facing_away = grads
+        learns_normal = by_normal_sum is not None or by_facing_away is not None
+        learns_normal |= by_colour is not None and lights is not None
+        grad_sigma = albedo.new_empty(len(albedo))
+        grad_albedo = torch.empty_like(albedo) if ctx.needs_input_grad[1] and by_colour is not None else None
+        grad_normal = torch.empty_like(normal) if ctx.needs_input_grad[2] and learns_normal else None
+        n_rays = len(packed_info)
+        backward_kernel[_grid(n_rays)](
+            *ctx.saved_tensors,
             *(None if grad is None else grad.contiguous() for grad in grads),
-            grad_sigma,
-            grad_values,
-            n_rays,
-            **_channels(values.shape[1]),
+            *(grad_sigma, grad_albedo, grad_normal, n_rays),
             **LAUNCH.options,
         )
-        return grad_sigma, grad_values, None
+        return grad_sigma, grad_albedo, grad_normal, *(None for _ in range(7))
 
 
 def _grid(n_rays: int) -> tuple[int]:
     return (-(-n_rays // LAUNCH["RAYS"]),)
-
-
-def _channels(channels: int) -> dict[str, int]:
-    return {"CHANNELS": channels, "CHANNELS_PADDED": 1 << max(channels - 1, 0).bit_length()}

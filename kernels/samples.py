@@ -39,7 +39,7 @@ class Samples:
     packed_info: Tensor
     """[R, 2]: where the ray's samples begin, and how many they are."""
     count: Tensor | None = None
-    """int32 [1] of buffers with a fixed capacity N: rows from ``count`` on are zeros and mean nothing. None:
+    """int32 [1] of buffers with a fixed capacity N: rows from ``count`` on mean nothing, and may hold anything. None:
     all rows are valid."""
     found: Tensor | None = None
     """int32 [1] with ``count``: how many samples there were before the capacity cut the farthest off."""
@@ -107,7 +107,8 @@ def midpoints(
 ) -> Tensor:
     """Points [N, 3] in the middle of the samples of rays with origins and directions [R, 3].
 
-    Not differentiable by the kernel, for which the rays are constants.
+    Not differentiable by the kernel, for which the rays are constants. In buffers of a fixed capacity the points
+    behind the samples are undefined.
 
     >>> samples = pack(torch.tensor([0]), torch.tensor([1.0]), torch.tensor([2.0]), 1)
     >>> midpoints(torch.tensor([[0.0, -2.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]]), samples)
@@ -118,18 +119,32 @@ def midpoints(
         intervals = (samples.ray_indices, samples.t_starts, samples.t_ends)
         grid = (-(-len(samples) // POINTS),)
         _midpoint_kernel[grid](
-            *(x.contiguous() for x in (origins, directions, *intervals)), points, len(samples), BLOCK=POINTS
+            *(x.contiguous() for x in (origins, directions, *intervals)),
+            *(samples.count, points, len(samples)),
+            BLOCK=POINTS,
         )
         return points
-    middle = (samples.t_starts + samples.t_ends) / 2.0
-    rays = samples.ray_indices
-    return origins.index_select(0, rays) + directions.index_select(0, rays) * middle[:, None]
+    exact = samples.trim()
+    middle = (exact.t_starts + exact.t_ends) / 2.0
+    rays = exact.ray_indices
+    points = origins.index_select(0, rays) + directions.index_select(0, rays) * middle[:, None]
+    return pad(points, (0, 0, 0, len(samples) - len(exact)))
 
 
 @jit
 def _midpoint_kernel(
-    p_origins, p_directions, p_ray_indices, p_t_starts, p_t_ends, p_points, n_samples, BLOCK: tl.constexpr
+    p_origins,
+    p_directions,
+    p_ray_indices,
+    p_t_starts,
+    p_t_ends,
+    p_count,
+    p_points,
+    n_samples,
+    BLOCK: tl.constexpr,
 ):
+    if p_count is not None:
+        n_samples = tl.minimum(n_samples, tl.load(p_count))
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = row < n_samples
     ray = tl.load(p_ray_indices + row, mask=m, other=0)
@@ -179,11 +194,10 @@ def buffers(allotment: Allotment, n_rays: int, capacity: int | None) -> Samples:
     totals = allotment.totals
     exact = capacity is None
     rows = int(totals[0]) if capacity is None else capacity
-    new = totals.new_empty if exact else totals.new_zeros
     return Samples(
-        new(rows),
-        new(rows, dtype=torch.float32),
-        new(rows, dtype=torch.float32),
+        totals.new_empty(rows),
+        totals.new_empty(rows, dtype=torch.float32),
+        totals.new_empty(rows, dtype=torch.float32),
         totals.new_empty(n_rays, 2),
         None if exact else totals[:1],
         None if exact else totals[1:2],

@@ -1,4 +1,4 @@
-"""The field, its background and its shading against the released code and against autograd."""
+"""The field and its background against the released code and against autograd."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ from torch import Tensor, nn
 
 from imagedream_rt.engine.config import FieldConfig, HashGridConfig
 from imagedream_rt.engine.errors import InputError, MissingDependency
-from imagedream_rt.engine.nerf import background as background_module
 from imagedream_rt.engine.nerf import encoding
 from imagedream_rt.engine.nerf import field as field_module
-from imagedream_rt.engine.nerf.background import Background, spherical_harmonics
+from imagedream_rt.engine.nerf.background import Background
 from imagedream_rt.engine.nerf.field import Field
-from imagedream_rt.engine.nerf.shading import ALBEDO, Shading, shade
 from imagedream_rt.kernels.hash_grid import grid_levels
 from imagedream_rt.kernels.radiance_field import normalise
 
@@ -235,11 +233,6 @@ def test_unknown_or_missing_encoding() -> None:
         Field(SMALL, encoding="tinycudann")
 
 
-def test_recorded_spherical_harmonics() -> None:
-    fixture = recorded()
-    assert relative_error(spherical_harmonics(fixture["sh3.dirs"]), fixture["sh3.out"]) < 1e-6
-
-
 def test_recorded_background() -> None:
     fixture = recorded()
     got = recorded_background()(fixture["background.dirs"])
@@ -253,67 +246,8 @@ def test_background_weights() -> None:
     assert background.weights[2].abs().max() <= 0.25
 
 
-@pytest.mark.parametrize(
-    ("case", "shading"),
-    [
-        ("albedo", ALBEDO),
-        ("ambient_only", ALBEDO),
-        ("textureless", Shading(0.7620353729081086, 0.23796462709189137, textureless=True)),
-        ("diffuse", Shading(0.37709830511029807, 0.6229016948897019)),
-    ],
-)
-def test_recorded_materials(case: str, shading: Shading) -> None:
-    fixture = recorded()
-    got = shade(
-        torch.sigmoid(fixture["material.features"]),
-        fixture["material.normals"],
-        fixture["material.positions"],
-        fixture["material.light_positions"],
-        shading,
-    )
-    torch.testing.assert_close(got, fixture[f"material.{case}.color"], rtol=1e-6, atol=1e-7)
-
-
-def test_shading_by_hand() -> None:
-    albedo = torch.tensor([[0.5, 1.0, 0.0]]).expand(3, 3)
-    # Facing the light, at 60 degrees to it, and away from it; the light is two units up.
-    normals = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.75**0.5, 0.5], [0.0, 0.0, -1.0]])
-    points, lights = torch.zeros(3, 3), torch.tensor([[0.0, 0.0, 2.0]]).expand(3, 3)
-    got = shade(albedo, normals, points, lights, Shading(0.2, 0.6))
-    torch.testing.assert_close(got, albedo * torch.tensor([[0.8], [0.5], [0.2]]))
-    bare = shade(albedo, normals, points, lights, Shading(0.2, 0.6, textureless=True))
-    torch.testing.assert_close(bare, torch.tensor([[0.8], [0.5], [0.2]]).expand(3, 3))
-
-
-@pytest.mark.parametrize(
-    ("ambient", "diffuse", "textureless"), [(1.0, 0.0, False), (0.3, 0.7, False), (0.3, 0.7, True)]
-)
-def test_shading_chosen_on_the_device_is_the_same(ambient: float, diffuse: float, textureless: bool) -> None:
-    albedo, points, lights = torch.rand(9, 3), torch.rand(9, 3), torch.rand(9, 3) * 3
-    normals = torch.nn.functional.normalize(torch.randn(9, 3), dim=-1)
-    chosen = Shading(ambient, diffuse, textureless)
-    numbers = Shading(*(torch.tensor([float(x)]) for x in (ambient, diffuse, textureless)))
-    assert numbers.needs_normals
-    torch.testing.assert_close(
-        shade(albedo, normals, points, lights, numbers), shade(albedo, normals, points, lights, chosen)
-    )
-
-
-def test_textureless_gives_the_albedo_a_zero_gradient_not_none() -> None:
-    albedo = torch.rand(4, 3, requires_grad=True)
-    shade(albedo, None, torch.zeros(4, 3), None, Shading(0.3, 0.0, textureless=True)).sum().backward()
-    assert albedo.grad is not None
-    assert albedo.grad.abs().max() == 0
-
-
-def test_diffuse_needs_normals_and_lights() -> None:
-    with pytest.raises(ValueError, match="needs normals"):
-        shade(torch.rand(4, 3), None, torch.zeros(4, 3), torch.zeros(4, 3), Shading(0.3, 0.7))
-
-
 def test_examples() -> None:
     assert doctest.testmod(field_module).failed == 0
-    assert doctest.testmod(background_module).failed == 0
 
 
 @pytest.mark.gpu

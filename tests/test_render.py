@@ -28,11 +28,11 @@ from imagedream_rt.engine.nerf.background import Background
 from imagedream_rt.engine.nerf.field import Field
 from imagedream_rt.engine.nerf.occupancy import OccupancyGrid
 from imagedream_rt.engine.nerf.render import RenderOutput, render, render_rays, sample_rays
-from imagedream_rt.engine.nerf.shading import ALBEDO, Shading, shade
 from imagedream_rt.engine.nerf.volume import volume_backend
-from imagedream_rt.kernels.composite import accumulate, composite, render_weights
+from imagedream_rt.kernels.composite import accumulate, composite, render_weights, sum_along_rays
 from imagedream_rt.kernels.ray_march import march
 from imagedream_rt.kernels.samples import midpoints, pack
+from imagedream_rt.kernels.shade import ALBEDO, Shading
 
 CASES = {"train_ambient": ALBEDO, "train_diffuse": Shading(0.37709830511029807, 0.6229016948897019)}
 PICTURES = {
@@ -76,10 +76,11 @@ def training_render(case: str, field: Field, background: Background, **options: 
     )
 
 
-def losses(case: str, rgb: Tensor, weights: Tensor, normals: Tensor, dirs: Tensor, opacity: Tensor) -> dict:
+def losses(case: str, rgb: Tensor, facing_away: Tensor | None, opacity: Tensor) -> dict:
+    assert facing_away is not None
     return {
         "rgb": (rgb * recorded()["train.rgb_weight"].view_as(rgb)).sum(),
-        "orient": orientation_loss(weights, normals, dirs, opacity),
+        "orient": orientation_loss(facing_away, opacity),
         "sparsity": sparsity_loss(opacity),
     }
 
@@ -111,7 +112,7 @@ def test_recorded_training_render(case: str) -> None:
     torch.testing.assert_close(
         samples.weights, fixture[f"{case}.weights"][:, 0], rtol=1e-4, atol=2e-6, msg="weights"
     )
-    found = losses(case, out.rgb, samples.weights, samples.normals, samples.directions, out.opacity)
+    found = losses(case, out.rgb, out.facing_away, out.opacity)
     for part, loss in found.items():
         assert loss.item() == pytest.approx(fixture[f"{case}.loss_{part}"].item(), rel=1e-4), part
         # The lattice is rounded otherwise than the recorded one, which moves points by 1e-7: a few of them
@@ -127,16 +128,16 @@ def test_recorded_gradients_at_the_recorded_samples(case: str) -> None:
     ray_indices, middle = fixture[f"{case}.ray_indices"], fixture[f"{case}.t_points"]
     half = RENDER.step_size / 2
     samples = pack(ray_indices, middle[:, 0] - half, middle[:, 0] + half, len(origins))
-    directions_at = directions[ray_indices]
-    points = origins[ray_indices] + directions_at * middle
+    points = origins[ray_indices] + directions[ray_indices] * middle
     if case == "train_ambient":
         # The input of one hidden unit is 1e-7 here: the recorded run was on the other side of the kink.
         points[3595] *= 1 + 1e-6
     out = field(points)
-    lights = fixture["batch.light_positions"].repeat_interleave(144, dim=0)[ray_indices]
-    seen = composite(out.sigma, shade(out.albedo, out.normal, points, lights, CASES[case]), samples)
-    rgb = seen.values + background(directions) * (1 - seen.opacity[:, None])
-    for part, loss in losses(case, rgb, seen.weights, out.normal, directions_at, seen.opacity).items():
+    lights = fixture["batch.light_positions"].repeat_interleave(144, dim=0)
+    given = (out.sigma, out.albedo, out.normal, samples, origins, directions)
+    seen = composite(*given, lights, CASES[case])
+    rgb = seen.colour + background(directions) * (1 - seen.opacity[:, None])
+    for part, loss in losses(case, rgb, seen.facing_away, seen.opacity).items():
         assert loss.item() == pytest.approx(fixture[f"{case}.loss_{part}"].item(), rel=1e-5), part
         for name, error in gradient_errors(case, part, loss, field, background).items():
             assert error < 1e-5, (part, name)
@@ -187,7 +188,7 @@ def test_flat_rays_equal_pictures() -> None:
 def test_normals_only_where_needed() -> None:
     out = render(*scene(), config=RENDER)
     assert out.normal is None
-    assert out.samples.normals is None
+    assert out.facing_away is None
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,14 +232,7 @@ def test_nothing_to_see() -> None:
     assert out.opacity.abs().max() == 0
     assert torch.equal(out.rgb, out.background_rgb)
     assert out.normal.abs().max() == 0
-    found = losses(
-        "train_ambient",
-        out.rgb,
-        out.samples.weights,
-        out.samples.normals,
-        out.samples.directions,
-        out.opacity,
-    )
+    found = losses("train_ambient", out.rgb, out.facing_away, out.opacity)
     sum(found.values()).backward()
     for parameter in field.parameters():
         assert parameter.grad is not None
@@ -262,7 +256,7 @@ def test_dropping_the_unseen_costs_no_more_than_what_it_absorbs() -> None:
     assert len(out.samples) < len(every)
     alpha = 1 - torch.exp(-sigma * RENDER.step_size)
     faint = accumulate(alpha * (alpha < 0.01), torch.ones(len(every), 1), every)
-    lost = composite(sigma, sigma[:, None], every).opacity[:, None] - out.opacity
+    lost = sum_along_rays(sigma, sigma[:, None], every).opacity[:, None] - out.opacity
     assert (lost >= -1e-6).all()
     assert (lost <= faint + 1e-4).all()
 
@@ -331,8 +325,10 @@ def test_nerfacc_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in (volume_backend("nerfacc"), volume_backend("torch")):
         field = recorded_field()
         out = training_render(case, field, recorded_background(), volume=backend)
-        loss = out.rgb.square().sum() + out.z_variance.sum() + out.depth.sum()
-        results.append((out.rgb, out.normal, *torch.autograd.grad(loss, tuple(field.parameters()))))
+        loss = out.rgb.square().sum() + out.z_variance.sum() + out.depth.sum() + out.facing_away.sum()
+        results.append(
+            (out.rgb, out.normal, out.facing_away, *torch.autograd.grad(loss, tuple(field.parameters())))
+        )
     assert set(calls) == {"traverse_grids", "render_weight_from_density", "accumulate_along_rays"}
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

@@ -13,11 +13,11 @@ from ...kernels._triton import use_triton
 from ...kernels.prune import prune
 from ...kernels.ray_march import LATTICE_POINTS, lattice_points, march
 from ...kernels.samples import Samples, midpoints, pack
+from ...kernels.shade import ALBEDO, Shading
 from ..config import RenderConfig
 from .background import Background
 from .field import Field
 from .occupancy import OccupancyGrid
-from .shading import ALBEDO, Shading, shade
 from .volume import TORCH, VolumeBackend
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Capacity(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """The N samples that a render kept: what the losses need."""
+    """The N samples that a render kept."""
 
     ray_indices: Tensor
     """[N] integers, into the flattened rays."""
@@ -47,16 +47,13 @@ class SampleBatch:
     """[N] part of the ray's light that comes from the sample."""
     sigma: Tensor
     """[N]"""
-    normals: Tensor | None
-    """[N, 3] unit, where asked for."""
-    directions: Tensor
-    """[N, 3] unit direction of the sample's ray."""
     t_starts: Tensor
     """[N]"""
     t_ends: Tensor
     """[N]"""
     count: Tensor | None = None
-    """int32 [1] in buffers of a fixed capacity: only so many first rows are samples. None: all are."""
+    """int32 [1] in buffers of a fixed capacity: only so many first rows are samples, the others may hold anything.
+    None: all are."""
     found: Tensor | None = None
     """int32 [2] with ``count``: candidates and samples there were, also if the capacity cut some off."""
 
@@ -80,10 +77,17 @@ class RenderOutput:
     """[..., 1] sum of weight times distance, not divided by the opacity."""
     z_variance: Tensor
     """[..., 1] sum of weight times (distance - depth)^2."""
-    normal: Tensor | None
-    """[..., 3] unit mean normal, zero where nothing is seen; where asked for."""
+    normal_sum: Tensor | None
+    """[..., 3] sum of weight times unit normal; where asked for."""
+    facing_away: Tensor | None
+    """[..., 1] sum of weight (without gradient) times max(normal . direction, 0)^2; with the normals."""
     samples: SampleBatch
     """Empty (``len(samples) == 0``) if no ray met any matter."""
+
+    @property
+    def normal(self) -> Tensor | None:
+        """[..., 3] unit mean normal, zero where nothing is seen; where asked for."""
+        return None if self.normal_sum is None else nn.functional.normalize(self.normal_sum, dim=-1)
 
 
 def sample_rays(
@@ -207,31 +211,28 @@ def render_rays(
         samples, found = sample_rays_within(capacity, field, occupancy, origins, directions, near, config)
     points = midpoints(origins, directions, samples)
     out = field(points, with_normal=with_normals or shading.needs_normals, count=samples.count)
-    lights = None if light_positions is None else light_positions.index_select(0, samples.ray_indices)
-    values = shade(out.albedo, out.normal, points, lights, shading)
-    if out.normal is not None:
-        values = torch.cat((values, out.normal), dim=1)
-    seen = volume.composite(out.sigma, values, samples)
+    seen = volume.composite(
+        out.sigma, out.albedo, out.normal, samples, origins, directions, light_positions, shading
+    )
 
     behind = background(directions)
     if background_colour is not None:
         replaced = 1.0 if background_replaced is None else background_replaced
         behind = behind * (1.0 - replaced) + background_colour * replaced
-    opacity, foreground = seen.opacity[:, None], seen.values[:, :3]
+    opacity = seen.opacity[:, None]
     return RenderOutput(
-        rgb=foreground + behind * (1.0 - opacity),
-        foreground_rgb=foreground,
+        rgb=seen.colour + behind * (1.0 - opacity),
+        foreground_rgb=seen.colour,
         background_rgb=behind,
         opacity=opacity,
         depth=seen.depth[:, None],
         z_variance=seen.z_variance[:, None],
-        normal=None if out.normal is None else nn.functional.normalize(seen.values[:, 3:], dim=-1),
+        normal_sum=seen.normal,
+        facing_away=None if seen.facing_away is None else seen.facing_away[:, None],
         samples=SampleBatch(
             samples.ray_indices,
             seen.weights,
             out.sigma,
-            out.normal,
-            directions.index_select(0, samples.ray_indices),
             samples.t_starts,
             samples.t_ends,
             samples.count,
@@ -284,6 +285,7 @@ def render(
         opacity=flat.opacity.view(*shape, 1),
         depth=flat.depth.view(*shape, 1),
         z_variance=flat.z_variance.view(*shape, 1),
-        normal=None if flat.normal is None else flat.normal.view(*shape, 3),
+        normal_sum=None if flat.normal_sum is None else flat.normal_sum.view(*shape, 3),
+        facing_away=None if flat.facing_away is None else flat.facing_away.view(*shape, 1),
         samples=flat.samples,
     )

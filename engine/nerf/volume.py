@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ...kernels.composite import Composite, composite
+from ...kernels.composite import Composite, Sums, composite, composite_reference, sum_along_rays
 from ...kernels.ray_march import march
 from ...kernels.samples import Samples, pack
+from ...kernels.shade import ALBEDO, Shading
 from .._optional import require
 from ..errors import InputError
 
@@ -28,7 +30,17 @@ class March(Protocol):
 class CompositeRays(Protocol):
     """As :func:`~...kernels.composite.composite`."""
 
-    def __call__(self, sigma: Tensor, values: Tensor, samples: Samples) -> Composite: ...
+    def __call__(
+        self,
+        sigma: Tensor,
+        albedo: Tensor,
+        normal: Tensor | None,
+        samples: Samples,
+        origins: Tensor,
+        directions: Tensor,
+        light_positions: Tensor | None = None,
+        shading: Shading = ALBEDO,
+    ) -> Composite: ...
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,9 @@ def _nerfacc() -> VolumeBackend:
             starts, ends = intervals.vals[intervals.is_left], intervals.vals[intervals.is_right]
             return pack(samples.ray_indices.long(), starts, ends, len(origins))
 
-    def composite_rays(sigma: Tensor, values: Tensor, samples: Samples) -> Composite:
+    def sum_rays(sigma: Tensor, values: Tensor, samples: Samples) -> Sums:
         if not len(samples):
-            return composite(sigma, values, samples)
+            return sum_along_rays(sigma, values, samples)
         rays = {"ray_indices": samples.ray_indices, "n_rays": len(samples.packed_info)}
         weights = nerfacc.render_weight_from_density(samples.t_starts, samples.t_ends, sigma, **rays)[0]
         middle = ((samples.t_starts + samples.t_ends) / 2)[:, None]
@@ -91,6 +103,6 @@ def _nerfacc() -> VolumeBackend:
         spread = (middle - depth[samples.ray_indices]) ** 2
         z_variance = nerfacc.accumulate_along_rays(weights, spread, **rays)[:, 0]
         seen = nerfacc.accumulate_along_rays(weights, values, **rays)
-        return Composite(weights, seen, opacity, depth[:, 0], z_variance)
+        return Sums(weights, seen, opacity, depth[:, 0], z_variance)
 
-    return VolumeBackend(march_rays, composite_rays)
+    return VolumeBackend(march_rays, partial(composite_reference, render=sum_rays))

@@ -1,17 +1,19 @@
-"""Diffuse shading by one point light, as in DreamFusion (Poole et al. 2022, section 3.1)."""
+"""Diffuse shading by one point light: colour = albedo (ambient + diffuse max(n.l, 0)), l the direction to the light.
+
+Source: DreamFusion (Poole et al. 2022, section 3.1); the released ``diffuse_with_point_light_material``. The
+compositing kernel shades the samples it walks over in the same way.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Shading:
-    """How much light there is: colour = albedo (ambient + diffuse max(n.l, 0)); ``textureless`` takes
-    albedo as 1."""
+    """How much light there is; ``textureless`` takes albedo as 1."""
 
     ambient: float | Tensor = 1.0
     diffuse: float | Tensor = 0.0
@@ -44,8 +46,6 @@ def shade(
         towards = nn.functional.normalize(light_positions - points, dim=-1)
         facing = (normals * towards).sum(-1, keepdim=True).clamp(min=0.0)
         light = facing * shading.diffuse + shading.ambient
-    if isinstance(shading.textureless, Tensor):
-        albedo = torch.lerp(albedo, torch.ones_like(albedo), shading.textureless)
-    elif shading.textureless:
-        albedo = albedo * 0.0 + 1.0
+    if isinstance(shading.textureless, Tensor) or shading.textureless:
+        albedo = albedo * (1.0 - shading.textureless) + shading.textureless
     return albedo * light
