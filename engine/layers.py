@@ -75,16 +75,16 @@ class LayerNorm(KernelLayer, nn.LayerNorm):
 
 
 class Derived:
-    """A tensor computed from frozen parameters, kept until one of them is another one or was written to.
+    """What is computed from frozen parameters, kept until one of them is another one or was written to.
 
     What CUDA graphs or ``parameter.data`` write goes unnoticed, so this is for weights in their final, half precision.
     """
 
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, compute: Callable[..., Any]) -> None:
         self.compute = compute
         self._of: tuple[tuple[int, ...], ...] | None = None
 
-    def at(self, *parameters: Tensor) -> Tensor | None:
+    def at(self, *parameters: Tensor) -> Any:
         """None where it cannot be kept: of parameters that are trained, or cannot tell whether they were written to.
 
         Nor while a CUDA graph is captured, in whose memory it would lie, or a network is compiled or exported.
