@@ -16,6 +16,8 @@ from ..kernels.bias_residual import bias_residual
 from ..kernels.convolution import convolution, fits
 from ..kernels.group_norm import group_norm
 from ..kernels.layer_norm import add_layer_norm, layer_norm
+from ..kernels.picture_convolution import fits as fits_pictures
+from ..kernels.picture_convolution import picture_convolution
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -134,6 +136,8 @@ class Convolution(KernelLayer, nn.Conv2d):
         """``x`` [N, C, H, W] -> [N, C', H', W'], as ``residual``."""
         if _on_kernel(self, self.backend, x, residual):
             return convolution(x, self.weight, self.bias, residual)
+        if residual is None and _is_3x3(self) and fits_pictures(self.backend, x, self.weight, self.bias):
+            return picture_convolution(x, self.weight, bias_of(self))
         if self.bias is None or not use_triton(self.backend, x):
             y = super().forward(x)
         elif self.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):

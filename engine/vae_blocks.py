@@ -106,7 +106,7 @@ def mirrored(encoder: nn.Module, *shared: Tensor) -> nn.Module:
     """A frozen copy of an adopted encoder that makes mirrored maps of mirrored pictures (rows and columns reversed).
 
     There the zeros that a strided convolution finds behind the last row and column come before the first. Since the
-    sides of its map are even, zeros on all sides are as good, and its weights need none of their own: they are 3x3 again.
+    sides of its map are even, zeros on all sides are as good, and its weights, 3x3 again, need none of their own.
     Parameters that are the same for both and among ``shared`` are not copied.
     """
     own = copy.deepcopy(encoder, {id(parameter): parameter for parameter in shared})
