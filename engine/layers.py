@@ -16,6 +16,8 @@ from ..kernels.bias_residual import bias_residual
 from ..kernels.convolution import convolution, fits
 from ..kernels.group_norm import group_norm
 from ..kernels.layer_norm import add_layer_norm, layer_norm
+from ..kernels.picture_convolution import fits as fits_pictures
+from ..kernels.picture_convolution import picture_convolution
 
 
 class KernelLayer(nn.Module):
@@ -73,16 +75,16 @@ class LayerNorm(KernelLayer, nn.LayerNorm):
 
 
 class Derived:
-    """A tensor computed from frozen parameters, kept until one of them is another one or was written to.
+    """What is computed from frozen parameters, kept until one of them is another one or was written to.
 
     What CUDA graphs or ``parameter.data`` write goes unnoticed, so this is for weights in their final, half precision.
     """
 
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, compute: Callable[..., Any]) -> None:
         self.compute = compute
         self._of: tuple[tuple[int, ...], ...] | None = None
 
-    def at(self, *parameters: Tensor) -> Tensor | None:
+    def at(self, *parameters: Tensor) -> Any:
         """None where it cannot be kept: of parameters that are trained, or cannot tell whether they were written to.
 
         Nor while a CUDA graph is captured, in whose memory it would lie, or a network is compiled or exported.
@@ -132,6 +134,8 @@ class Convolution(KernelLayer, nn.Conv2d):
         """``x`` [N, C, H, W] -> [N, C', H', W'], as ``residual``."""
         if _on_kernel(self, self.backend, x, residual):
             return convolution(x, self.weight, self.bias, residual)
+        if residual is None and _is_3x3(self) and fits_pictures(self.backend, x, self.weight, self.bias):
+            return picture_convolution(x, self.weight, bias_of(self))
         if self.bias is None or not use_triton(self.backend, x):
             y = super().forward(x)
         elif self.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):

@@ -8,6 +8,7 @@ backward kernel of the norm.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,7 @@ class Downsample(KernelLayer):
         if not use_triton(self.backend, x):
             return self.conv(functional.pad(x, (0, 1, 0, 1)))
         # Zeros in front of the kernel's rows and columns, and the same on all sides of the map, which libraries do
-        # themselves: the padded map need not be written, and its gradient not be cut.
+        # themselves: the padded map need not be written, and its gradient not be cut. See also :func:`mirrored`.
         weight = functional.pad(self.conv.weight, (1, 0, 1, 0))
         return bias_residual(
             functional.conv2d(x, weight, None, stride=2, padding=1), self.conv.bias, None, self.backend
@@ -99,6 +100,29 @@ def _forked(norm: GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         silu=norm.silu,
         backend=norm.backend,
     )
+
+
+def mirrored(encoder: nn.Module, *shared: Tensor) -> nn.Module:
+    """A frozen copy of an adopted encoder that makes mirrored maps of mirrored pictures (rows and columns reversed).
+
+    There the zeros that a strided convolution finds behind the last row and column come before the first. Since the
+    sides of its map are even, zeros on all sides are as good, and its weights, 3x3 again, need none of their own.
+    Parameters that are the same for both and among ``shared`` are not copied.
+    """
+    own = copy.deepcopy(encoder, {id(parameter): parameter for parameter in shared})
+    for parent in list(own.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Downsample):
+                strided = Convolution.taking_over(child.conv)
+                strided.padding = (1, 1)
+                setattr(parent, name, strided)
+    for layer in own.modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+            last = layer.weight.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
+            weight = layer.weight.detach().flip(2, 3).contiguous(memory_format=layout)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+    return own
 
 
 def adopt(vae: nn.Module) -> None:

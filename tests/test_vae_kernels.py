@@ -15,7 +15,7 @@ from imagedream_rt.engine.blueprint import fill
 from imagedream_rt.engine.layers import Convolution, fast_memory_format, use_kernels
 from imagedream_rt.engine.random_model import random_layout
 from imagedream_rt.engine.vae import LatentCodec
-from imagedream_rt.engine.vae_blocks import AttentionBlock, Downsample, ResidualBlock
+from imagedream_rt.engine.vae_blocks import AttentionBlock, Downsample, ResidualBlock, mirrored
 
 TINY: dict[str, Any] = {
     "block_out_channels": [8, 16],
@@ -108,6 +108,47 @@ def test_everything_on_kernels_gives_the_same(theirs: AutoencoderKL, kernel_devi
     assert relative_error(moments, wanted) <= 1e-5
     assert relative_error(gradient, wanted_gradient) <= 1e-5
     assert relative_error(decoded, wanted_decoded) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_in_half_precision_go_through_a_mirrored_copy(
+    theirs: AutoencoderKL, kernel_device: torch.device, untuned: None, dtype: torch.dtype
+) -> None:
+    plain = LatentCodec(theirs, 0.5).to(kernel_device, dtype)
+    forced = copy.deepcopy(plain)
+    exact = copy.deepcopy(plain).double()
+    if dtype == torch.float16:  # with whose first convolution the interpreter gets along
+        forced.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    use_kernels(plain, "torch")
+    use_kernels(forced, "triton")
+    pictures = randn(2, 3, 4, 6).to(kernel_device, dtype)
+    for change in (0.0, 0.25):  # and what is derived from weights that are written to is derived again
+        for codec in (plain, forced, exact):
+            with torch.no_grad():
+                codec.vae.encoder.conv_in.weight.add_(change)
+        with Operators() as ran:
+            results = encoded_with_gradient(forced, pictures)
+        # There and back, of pictures and moments, with their gradients.
+        assert ran.others["flip"] >= 4
+        assert ran.ours["picture_convolution_gradient"] == (dtype == torch.float16)
+        assert ran.others["constant_pad_nd"] == 0
+        truth = encoded_with_gradient(exact, pictures.double())
+        for value, one, other in zip(results, encoded_with_gradient(plain, pictures), truth, strict=True):
+            assert relative_error(value, other) <= 1.5 * relative_error(one, other) + torch.finfo(dtype).eps
+    with torch.no_grad(), Operators() as ran:
+        forced.moments(pictures)
+    assert ran.others["flip"] == 0  # replays of graphs may not see that weights were written to
+
+
+def test_mirrored_encoders_share_what_they_can(theirs: AutoencoderKL) -> None:
+    encoder = LatentCodec(theirs, 0.5).vae.encoder
+    twin = mirrored(encoder, *encoder.parameters())
+    pictures = randn(1, 3, 8, 4)
+    with torch.no_grad():
+        assert relative_error(twin(pictures.flip(2, 3)).flip(2, 3), encoder(pictures)) <= 1e-6
+    assert not any(isinstance(module, Downsample) for module in twin.modules())
+    own = {id(parameter) for parameter in encoder.parameters()}
+    assert all((id(parameter) in own) == (parameter.shape[2:] != (3, 3)) for parameter in twin.parameters())
 
 
 def test_training_reaches_every_parameter(theirs: AutoencoderKL, kernel_device: torch.device) -> None:
