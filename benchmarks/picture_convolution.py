@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.bias_residual import bias_residual
 from ..kernels.picture_convolution import picture_convolution, picture_convolution_reference
-from .harness import OURS, Case
+from .harness import OURS, Case, random_maps
 
 # (views, channels of y, side)
 SHAPES = [(4, 128, 256), (8, 128, 256)]
@@ -25,11 +25,9 @@ def cases() -> Iterator[Case]:
 
 def _case(views: int, channels: int, side: int) -> Case:
     x = torch.randn(views, 3, side, side, device="cuda", dtype=torch.float16)
-    weight = torch.randn(channels, 3, 3, 3, device="cuda", dtype=torch.float16) / 27**0.5
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    weight = random_maps(channels, 3, 3, 3) / 27**0.5
     bias = torch.randn(channels, device="cuda", dtype=torch.float16)
-    grad = torch.randn(views, channels, side, side, device="cuda", dtype=torch.float16)
-    grad = grad.contiguous(memory_format=torch.channels_last)
+    grad = random_maps(views, channels, side, side)
 
     def library(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return bias_residual(torch.nn.functional.conv2d(x, weight, None, padding=1), bias)

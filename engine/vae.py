@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..kernels._triton import use_triton
+from ..kernels._triton import HALF, use_triton
 from .errors import InputError
 from .gradient_scale import GradientScale
-from .layers import HALF, Derived, use_kernels
+from .layers import Derived, use_kernels
 from .pixels import check_pictures, resize, unit
 from .vae_blocks import adopt, mirrored
 

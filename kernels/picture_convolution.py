@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import KernelBackend, jit, tl, triton, use_triton
+from ._triton import HALF, KernelBackend, jit, tl, triton, use_triton
 from ._tuning import Launch, Tuned
 
-DTYPES = (torch.float16, torch.bfloat16)
 NEIGHBOURS = 32
 """Columns of the product, some of them empty: the least that fills a step of the tensor cores, and holds 3 x 9."""
 MOST_DEPTH = 128
@@ -168,12 +167,8 @@ def _depth(channels: int) -> int:
 @torch.library.custom_op("imagedream_rt::picture_convolution", mutates_args=())
 def _picture_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     samples, channels, height, width = x.shape
-    out, rows, columns, (overlap, options) = (
-        len(weight),
-        samples * height * width,
-        _depth(len(weight)),
-        _pdl(x),
-    )
+    out, rows, (overlap, options) = len(weight), samples * height * width, _pdl(x)
+    columns = _depth(out)
     y, bias = _empty(x, weight, bias), bias.contiguous()
 
     def run(launch: Launch) -> None:
@@ -248,7 +243,7 @@ _picture_convolution.register_autograd(_differentiate, setup_context=_remember)
 
 def fits(backend: KernelBackend, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel takes these: few channels and many, half precision, frozen and channels-last weights."""
-    if bias is None or bias.dtype not in DTYPES or not x.dtype == weight.dtype in DTYPES:
+    if bias is None or bias.dtype not in HALF or not x.dtype == weight.dtype in HALF:
         return False
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     return (
