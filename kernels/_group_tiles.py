@@ -1,28 +1,23 @@
 """How the group-norm kernels share out feature maps: programs own whole groups, tiles are [pixels, channels].
 
 Two plans. "Whole": a program holds a few neighbouring groups of a sample, with all pixels, in registers.
-"Chained": it walks through a chunk of a sample's pixels, ROWS at a time, once for sums and once for the result.
+"Chunked": it walks through a range of a sample's pixels, ROWS at a time; a second kernel adds the ranges up.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._chain import lead_of, new_counters
 from ._triton import KernelBackend, constant, jit, tl, triton, use_triton
 from ._tuning import Launch
 
 LOG2_E = constant(1.4426950408889634)
 
-CHUNKS = 512
-"""Of four warps each, at least: about as many as a large GPU runs at a time."""
-SEATS = 64
-"""Most chunks whose sums are added at a time."""
 WHOLE_LIMIT = 32768
 """Most elements of a program's narrowest tile that holds whole groups, times the number of tensors it reads."""
 
@@ -68,12 +63,6 @@ def over_channels(b_g, member, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr):
 @jit
 def load_float(p, offset, mask):
     return tl.load(p + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@jit
-def load_fresh(p, offset, mask):
-    """float32 that another program of the launch has stored: from the cache that all multiprocessors share."""
-    return tl.load(p + offset, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @jit
@@ -174,52 +163,23 @@ def whole_candidates(
     return list(dict.fromkeys(found))
 
 
-def chained_candidates(
+def chunked_candidates(
     samples: int, channels: int, pixels: int, groups: int, inputs: int, *_: Hashable
 ) -> list[Launch]:
-    """Launches that walk through chunks of STEPS tiles, the first walk AHEAD chunks before the second.
+    """Launches that walk through chunks of pixels: STEPS tiles for the sums, WALK tiles for the result.
 
-    What lies between the two should stay in the cache, so chunks are no larger than their beginnings and ends ask for.
+    About two programs for each processor of a large GPU add up; more of them normalise.
     """
-    per_group, elements = channels // groups, samples * pixels * channels
+    per_group, tile = channels // groups, 8192 // inputs
+    programs = 256 * inputs
+    steps = 1 << max(0, round(math.log2(max(1, samples * pixels * channels / (tile * programs)))))
     found = []
-    for width, warps, values, most, stages in (
-        (64, 4, 16, 8, 1),
-        (64, 8, 16, 4, 1),
-        (64, 4, 16, 8, 3),
-        (64, 8, 8, 8, 1),
-        (128, 8, 16, 4, 1),
-        (32, 4, 16, 8, 1),
-    ):
+    for width, warps, stages in ((64, 8, 3), (64, 8, 1), (128, 8, 3), (128, 4, 3), (128, 8, 1)):
         number = max(1, min(groups, width // per_group))
-        tile = 32 * warps * values
         rows = max(1, tile // triton.next_power_of_2(number * per_group))
-        steps = min(most, 1 << max(0, round(math.log2(max(1, elements / (tile * CHUNKS))))))
-        ahead = CHUNKS * 4 // warps
-        found.append(
-            Launch.of(warps=warps, GROUPS=number, ROWS=rows, STEPS=steps, AHEAD=ahead, STAGES=stages)
-        )
+        walk = max(1, steps // (2 if stages == 3 else 4))
+        found.append(Launch.of(warps=warps, GROUPS=number, ROWS=rows, STEPS=steps, WALK=walk, STAGES=stages))
     return list(dict.fromkeys(found))
-
-
-class Chain(NamedTuple):
-    """How a launch cuts a feature map (see :mod:`._chain`)."""
-
-    chunks: int
-    """Of a piece, which is some groups of a sample."""
-    pieces: int
-    lead: int
-    seats: int
-    """Chunks whose sums are added at a time."""
-    counters: Tensor
-
-
-def chain(x: Tensor, groups: int, launch: Launch) -> Chain:
-    """Of ``x`` [N, C, H, W]."""
-    chunks = triton.cdiv(x.shape[2] * x.shape[3], launch["ROWS"] * launch["STEPS"])
-    pieces = len(x) * triton.cdiv(groups, launch["GROUPS"])
-    lead, seats = lead_of(chunks, pieces, launch["AHEAD"]), min(SEATS, triton.next_power_of_2(chunks))
-    return Chain(chunks, pieces, lead, seats, new_counters(x, pieces))
 
 
 def constants(x: Tensor, groups: int, launch: Launch, steps: int) -> dict[str, Any]:

@@ -7,8 +7,9 @@ and act is SiLU or nothing. ``shift`` is the time embedding that residual blocks
 Statistics and arithmetic are in float32 whatever the dtypes; the sum x' is rounded to the dtype of x.
 
 The kernels take channels-last memory, where a pixel's channels are neighbours, and contiguous [N, C, H, W]. A
-group that fits into the registers of one program is read once. Larger ones are walked through twice, by chunks of
-pixels: for their mean and summed squared deviation, then for the norm, close enough behind to find x in the cache.
+group that fits into the registers of one program takes one launch, which reads x once. Larger ones take two:
+the mean and the summed squared deviation of chunks of pixels, then the normalisation, which first combines the
+chunks and then walks backwards over the pixels, to find in the cache what was read last.
 
 Source: Wu and He 2018, "Group Normalization" (arXiv 1803.08494); combining moments: Chan, Golub and LeVeque
 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
@@ -23,17 +24,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._chain import is_last, take_turn, tell, wait_for
 from ._group_tiles import (
     activated,
-    chain,
-    chained_candidates,
+    chunked_candidates,
     constants,
     dense,
     deviations,
     is_channels_last,
     load_float,
-    load_fresh,
     load_pivot,
     on_kernel,
     over_channels,
@@ -145,7 +143,59 @@ def _whole_kernel(
 
 
 @jit
-def _chained_kernel(
+def _moments_kernel(
+    x,
+    shift,
+    moments,
+    pixels,
+    shift_stride,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Mean and summed squared deviation of each group in a chunk of ROWS * STEPS pixels -> [N, chunks, 2, G]."""
+    chunk, sample = tl.program_id(0), tl.program_id(2)
+    o_c, m_c, o_g, m_g, member = program_channels(tl.program_id(1), CHANNELS, PER_GROUP, GROUPS, SLOTS, WIDTH)
+    x += sample.to(tl.int64) * pixels * CHANNELS
+    if shift is not None:
+        shift += sample * shift_stride
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    b_shift = None if shift is None else load_float(shift, o_c, m_c)[None, :]
+    first = chunk * (ROWS * STEPS)
+    o_f = o_c // PER_GROUP * PER_GROUP
+    b_first, b_pivot = load_pivot(x, shift, first, o_f, m_c, pixels, CHANNELS, CHANNELS_LAST)
+    _, b_pivot_g = load_pivot(x, shift, first, o_g * PER_GROUP, m_g, pixels, CHANNELS, CHANNELS_LAST)
+    b_sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    b_squares = tl.zeros([ROWS, WIDTH], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        o_p = first + step * ROWS + tl.arange(0, ROWS)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
+        b_x = deviations(x, b_shift, b_first, b_pivot, offset, mask, EVEN)
+        b_sums += b_x
+        b_squares += b_x * b_x
+
+    b_sum = over_groups(tl.sum(b_sums, axis=0), member, PER_GROUP, GROUPS)
+    b_square = over_groups(tl.sum(b_squares, axis=0), member, PER_GROUP, GROUPS)
+    b_mean = b_sum / (tl.minimum(pixels - first, ROWS * STEPS) * PER_GROUP)
+    b_square = tl.maximum(b_square - b_sum * b_mean, 0.0)
+    b_mean += b_pivot_g
+    o_moments = (sample * tl.num_programs(0) + chunk) * (2 * (CHANNELS // PER_GROUP)) + o_g
+    tl.store(moments + o_moments, b_mean, m_g)
+    tl.store(moments + o_moments + CHANNELS // PER_GROUP, b_square, m_g)
+
+
+@jit
+def _normalise_kernel(
     x,
     weight,
     bias,
@@ -154,13 +204,11 @@ def _chained_kernel(
     y,
     mean,
     rstd,
-    counters,
     pixels,
     shift_stride,
     eps,
     chunks,
-    pieces,
-    lead,
+    span,
     CHANNELS: tl.constexpr,
     PER_GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -175,93 +223,43 @@ def _chained_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A chunk of ROWS * STEPS pixels of GROUPS groups of a sample, all whose chunks are a piece. On the first walk the
-    mean and summed squared deviation of each group -> ``moments`` [N, chunks, 2, G], on the second the norm.
-    """
+    """Combine the moments of the chunks of ``span`` pixels; normalise ROWS * STEPS, the last pixels first."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample = tl.num_programs(2) - 1 - tl.program_id(2)
+    o_c, m_c, o_g, m_g, member = program_channels(tl.program_id(1), CHANNELS, PER_GROUP, GROUPS, SLOTS, WIDTH)
+    o_k = tl.arange(0, SEATS)
+    b_count = tl.minimum(tl.maximum(pixels - o_k * span, 0), span).to(tl.float32)[:, None]
+    o_moments = (sample * chunks + o_k)[:, None] * (2 * (CHANNELS // PER_GROUP)) + o_g[None, :]
+    m_moments = (o_k < chunks)[:, None] & m_g[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    place, on_first_walk = take_turn(counters, chunks * pieces, lead)
-    piece, chunk = place // chunks, place % chunks
-    NUMBER: tl.constexpr = CHANNELS // PER_GROUP
-    BLOCKS: tl.constexpr = (NUMBER + GROUPS - 1) // GROUPS
-    sample = piece // BLOCKS
-    o_c, m_c, o_g, m_g, member = program_channels(piece % BLOCKS, CHANNELS, PER_GROUP, GROUPS, SLOTS, WIDTH)
+        tl.extra.cuda.gdc_launch_dependents()
+    b_pivot = load_float(moments, sample * chunks * (2 * (CHANNELS // PER_GROUP)) + o_g, m_g)
+    b_means = load_float(moments, o_moments, m_moments) - b_pivot[None, :]
+    b_squares = load_float(moments, o_moments + CHANNELS // PER_GROUP, m_moments)
+    b_weight, b_bias = load_float(weight, o_c, m_c), load_float(bias, o_c, m_c)
+    b_shift = None if shift is None else load_float(shift + sample * shift_stride, o_c, m_c)[None, :]
+    b_weighed = b_means * b_count
+    b_square = tl.sum(b_squares + b_weighed * b_means * PER_GROUP, axis=0)
+    b_mean = tl.sum(b_weighed, axis=0) / pixels
+    b_square = tl.maximum(b_square - b_mean * b_mean * (pixels * PER_GROUP), 0.0)
+    b_mean += b_pivot
+    b_rstd = tl.rsqrt(b_square / (pixels * PER_GROUP) + eps)
+    if part == 0:
+        o_statistics = sample * (CHANNELS // PER_GROUP) + o_g
+        tl.store(mean + o_statistics, b_mean, m_g)
+        tl.store(rstd + o_statistics, b_rstd, m_g)
+
+    b_centre = over_channels(b_mean, member, PER_GROUP, GROUPS)[None, :]
+    b_scale = (over_channels(b_rstd, member, PER_GROUP, GROUPS) * b_weight)[None, :]
     x += sample.to(tl.int64) * pixels * CHANNELS
     y += sample.to(tl.int64) * pixels * CHANNELS
-    moments += sample * chunks * (2 * NUMBER)
-    if shift is not None:
-        shift += sample * shift_stride
-    b_shift = None if shift is None else load_float(shift, o_c, m_c)[None, :]
-    first = chunk * (ROWS * STEPS)
-    if on_first_walk:
-        o_f = o_c // PER_GROUP * PER_GROUP
-        b_first, b_pivot = load_pivot(x, shift, first, o_f, m_c, pixels, CHANNELS, CHANNELS_LAST)
-        _, b_pivot_g = load_pivot(x, shift, first, o_g * PER_GROUP, m_g, pixels, CHANNELS, CHANNELS_LAST)
-        b_sums = tl.zeros([ROWS, WIDTH], tl.float32)
-        b_squares = tl.zeros([ROWS, WIDTH], tl.float32)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            o_p = first + step * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
-            b_x = deviations(x, b_shift, b_first, b_pivot, offset, mask, EVEN)
-            b_sums += b_x
-            b_squares += b_x * b_x
-        b_sum = over_groups(tl.sum(b_sums, axis=0), member, PER_GROUP, GROUPS)
-        b_square = over_groups(tl.sum(b_squares, axis=0), member, PER_GROUP, GROUPS)
-        b_mean = b_sum / (tl.minimum(pixels - first, ROWS * STEPS) * PER_GROUP)
-        b_square = tl.maximum(b_square - b_sum * b_mean, 0.0)
-        tl.store(moments + chunk * (2 * NUMBER) + o_g, b_mean + b_pivot_g, m_g)
-        tl.store(moments + chunk * (2 * NUMBER) + NUMBER + o_g, b_square, m_g)
-        if is_last(counters, piece, chunks):
-            b_mean, b_variance = _combined(
-                moments, o_g, m_g, chunks, pixels, NUMBER, PER_GROUP, ROWS * STEPS, SEATS
-            )
-            tl.store(mean + sample * NUMBER + o_g, b_mean, m_g)
-            tl.store(rstd + sample * NUMBER + o_g, tl.rsqrt(b_variance + eps), m_g)
-            tell(counters, piece)
-    else:
-        wait_for(counters, piece, chunks)
-        b_mean = load_fresh(mean + sample * NUMBER, o_g, m_g)
-        b_rstd = load_fresh(rstd + sample * NUMBER, o_g, m_g)
-        b_weight, b_bias = load_float(weight, o_c, m_c), load_float(bias, o_c, m_c)
-        b_centre = over_channels(b_mean, member, PER_GROUP, GROUPS)[None, :]
-        b_scale = (over_channels(b_rstd, member, PER_GROUP, GROUPS) * b_weight)[None, :]
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            o_p = first + step * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
-            b_x = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_first")
-            b_z = (shifted(b_x, b_shift) - b_centre) * b_scale + b_bias[None, :]
-            b_y = activated(b_z, SILU).to(y.dtype.element_ty)
-            tl.store(y + offset, b_y, mask, eviction_policy="evict_first")
-
-
-@jit
-def _combined(
-    moments,
-    o_g,
-    m_g,
-    chunks,
-    pixels,
-    NUMBER: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    SEATS: tl.constexpr,
-):
-    """Mean and variance of groups, of those of their chunks of SPAN pixels."""
-    b_pivot = load_fresh(moments, o_g, m_g)
-    b_sums = tl.zeros([SEATS, o_g.shape[0]], tl.float32)
-    b_squares = tl.zeros([SEATS, o_g.shape[0]], tl.float32)
-    for start in tl.range(0, chunks, SEATS):
-        o_k = start + tl.arange(0, SEATS)
-        b_count = tl.minimum(tl.maximum(pixels - o_k * SPAN, 0), SPAN).to(tl.float32)[:, None] * PER_GROUP
-        o_moments = o_k[:, None] * (2 * NUMBER) + o_g[None, :]
-        m_moments = (o_k < chunks)[:, None] & m_g[None, :]
-        b_means = load_fresh(moments, o_moments, m_moments) - b_pivot[None, :]
-        b_sums += b_means * b_count
-        b_squares += load_fresh(moments, o_moments + NUMBER, m_moments) + b_means * b_means * b_count
-    share = 1.0 / (pixels * PER_GROUP)
-    b_mean = tl.sum(b_sums, axis=0) * share
-    b_variance = tl.maximum(tl.sum(b_squares, axis=0) * share - b_mean * b_mean, 0.0)
-    return b_mean + b_pivot, b_variance
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        o_p = (part * STEPS + STEPS - 1 - step) * ROWS + tl.arange(0, ROWS)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
+        b_x = shifted(tl.load(x + offset, mask=mask, other=0.0), b_shift)
+        b_z = (b_x - b_centre) * b_scale + b_bias[None, :]
+        tl.store(y + offset, activated(b_z, SILU).to(y.dtype.element_ty), mask, eviction_policy="evict_first")
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, weight, bias, shift
@@ -280,24 +278,29 @@ def _run_whole(inputs: Inputs, outputs: Outputs, eps: float, silu: bool, launch:
     )
 
 
-def _run_chained(inputs: Inputs, outputs: Outputs, eps: float, silu: bool, launch: Launch) -> None:
+def _run_chunked(inputs: Inputs, outputs: Outputs, eps: float, silu: bool, launch: Launch) -> None:
     (x, _, _, shift), groups = inputs, outputs[1].shape[1]
-    cut = chain(x, groups, launch)
-    moments = x.new_empty(len(x), cut.chunks, 2, groups, dtype=torch.float32)
-    _chained_kernel[(2 * cut.chunks * cut.pieces,)](
+    samples, _, height, width = x.shape
+    pixels, stride = height * width, 0 if shift is None else shift.stride(0)
+    span, walk = (launch["ROWS"] * launch[steps] for steps in ("STEPS", "WALK"))
+    chunks, blocks = triton.cdiv(pixels, span), triton.cdiv(groups, launch["GROUPS"])
+    moments = x.new_empty(samples, chunks, 2, groups, dtype=torch.float32)
+    _moments_kernel[(chunks, blocks, samples)](
+        x, shift, moments, pixels, stride, **constants(x, groups, launch, launch["STEPS"])
+    )
+    _normalise_kernel[(triton.cdiv(pixels, walk), blocks, samples)](
         *inputs,
         moments,
         *outputs,
-        *(cut.counters, x.shape[2] * x.shape[3], 0 if shift is None else shift.stride(0), eps),
-        *(cut.chunks, cut.pieces, cut.lead),
-        SEATS=cut.seats,
+        *(pixels, stride, eps, chunks, span),
+        SEATS=triton.next_power_of_2(chunks),
         SILU=silu,
-        **constants(x, groups, launch, launch["STEPS"]),
+        **constants(x, groups, launch, launch["WALK"]),
     )
 
 
 _WHOLE = Tuned("group_norm_whole", _whole_kernel, whole_candidates)
-_CHAINED = Tuned("group_norm_chained", _chained_kernel, chained_candidates)
+_CHUNKED = Tuned("group_norm_chunked", _normalise_kernel, chunked_candidates)
 
 
 @torch.library.custom_op("imagedream_rt::group_norm", mutates_args=())
@@ -308,7 +311,7 @@ def group_norm_and_moments(
     mean, rstd = (x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2))
     inputs, outputs = (x, *dense(weight, bias, shift)), (torch.empty_like(x), mean, rstd)
     key = tuning_key(x, groups, 1)
-    plan, run = (_WHOLE, _run_whole) if whole_candidates(*key) else (_CHAINED, _run_chained)
+    plan, run = (_WHOLE, _run_whole) if whole_candidates(*key) else (_CHUNKED, _run_chunked)
     run(inputs, outputs, eps, silu, plan.choose(x.device, key, partial(run, inputs, outputs, eps, silu)))
     return outputs
 

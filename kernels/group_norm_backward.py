@@ -6,8 +6,8 @@
 
 in the notation of ``group_norm``, where the means run over a group's channels and pixels. Everything but mean and
 rstd is computed again from x. What else x gets, from the residual path around a block, is added before dx is
-rounded. The two plans are those of the forward pass: x and dy are read once if a sample's group fits into registers,
-else walked through twice, the second time in the cache.
+rounded. The two plans are those of the forward pass: x and dy read once if a sample's group fits into registers,
+else twice.
 
 Source: Ioffe and Szegedy 2015, "Batch Normalization" (arXiv 1502.03167), section 3, over a group's extent.
 """
@@ -20,16 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._chain import is_last, take_turn, tell, wait_for
 from ._group_tiles import (
-    chain,
-    chained_candidates,
+    chunked_candidates,
     constants,
     dense,
     gate,
     is_channels_last,
     load_float,
-    load_fresh,
     over_channels,
     over_groups,
     program_channels,
@@ -46,34 +43,24 @@ from ._tuning import Launch, Tuned
 def channel_values(
     weight, bias, mean, rstd, sample, o_c, m_c, CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr
 ):
-    """Of channels: the mean and rstd of their groups, weight * rstd, and bias."""
+    """Weight and bias of channels, mean and rstd of their groups."""
     o_g = sample * (CHANNELS // PER_GROUP) + o_c // PER_GROUP
     b_mean, b_rstd = load_float(mean, o_g, m_c), load_float(rstd, o_g, m_c)
-    return b_mean, b_rstd, load_float(weight, o_c, m_c) * b_rstd, load_float(bias, o_c, m_c)
+    return load_float(weight, o_c, m_c), load_float(bias, o_c, m_c), b_mean, b_rstd
 
 
 @jit
-def tile_gradient(
-    grad, x, offset, mask, b_shift, b_mean, b_scale, b_bias, SILU: tl.constexpr, POLICY: tl.constexpr
-):
-    """x' - mean and dz of a tile; dz is zero where no pixel is."""
-    b_x = tl.load(x + offset, mask=mask, other=0.0, eviction_policy=POLICY)
-    b_x = shifted(b_x, b_shift) - b_mean[None, :]
-    b_grad = tl.load(grad + offset, mask=mask, other=0.0, eviction_policy=POLICY).to(tl.float32)
+def tile_gradient(grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU: tl.constexpr):
+    """xhat and dz of a tile; dz is zero where no pixel is."""
+    b_x = shifted(tl.load(x + offset, mask=mask, other=0.0), b_shift)
+    b_hat = (b_x - b_mean[None, :]) * b_rstd[None, :]
+    b_grad = load_float(grad, offset, mask)
     if SILU:
-        b_z = b_x * b_scale[None, :] + b_bias[None, :]
+        b_z = b_hat * b_weight[None, :] + b_bias[None, :]
         b_gate = gate(b_z)
         b_gate *= b_gate
         b_grad *= b_gate * (1.0 + b_z * (1.0 - b_gate))
-    return b_x, b_grad
-
-
-@jit
-def coefficients(b_sum, b_along, b_rstd, share):
-    """Of the gradient dz * weight * rstd - first - (x' - mean) * second: from the sums over a group, by channels, of
-    dz * weight * rstd and dz * weight * rstd * (x' - mean).
-    """
-    return (b_sum * share)[None, :], (b_along * share * b_rstd * b_rstd)[None, :]
+    return b_hat, b_grad
 
 
 @jit
@@ -111,35 +98,37 @@ def _whole_gradient_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     b_shift = None if shift is None else load_float(shift + sample * shift_stride, o_c, m_c)[None, :]
-    b_mean, b_rstd, b_scale, b_bias = channel_values(
+    b_weight, b_bias, b_mean, b_rstd = channel_values(
         weight, bias, mean, rstd, sample, o_c, m_c, CHANNELS, PER_GROUP
     )
     if STEPS == 1:
         offset, mask = tile_places(tl.arange(0, ROWS), o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, EVEN)
-        b_x, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_mean, b_scale, b_bias, SILU, "")
-        b_sum, b_along = tl.sum(b_grad, axis=0), tl.sum(b_grad * b_x, axis=0)
+        b_hat, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU)
+        b_sum, b_along = tl.sum(b_grad, axis=0), tl.sum(b_grad * b_hat, axis=0)
     else:
         b_sums = tl.zeros([ROWS, WIDTH], tl.float32)
         b_alongs = tl.zeros([ROWS, WIDTH], tl.float32)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             o_p = step * ROWS + tl.arange(0, ROWS)
             offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
-            b_x, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_mean, b_scale, b_bias, SILU, "")
+            b_hat, b_grad = tile_gradient(
+                grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU
+            )
             b_sums += b_grad
-            b_alongs += b_grad * b_x
+            b_alongs += b_grad * b_hat
         b_sum, b_along = tl.sum(b_sums, axis=0), tl.sum(b_alongs, axis=0)
     if sums is not None:
         o_sums = sample * (2 * CHANNELS) + o_c
         tl.store(sums + o_sums, b_sum, m_c)
-        tl.store(sums + o_sums + CHANNELS, b_along * b_rstd, m_c)
+        tl.store(sums + o_sums + CHANNELS, b_along, m_c)
 
-    b_sum = over_groups(b_sum * b_scale, member, PER_GROUP, GROUPS)
-    b_along = over_groups(b_along * b_scale, member, PER_GROUP, GROUPS)
-    b_sum = over_channels(b_sum, member, PER_GROUP, GROUPS)
-    b_along = over_channels(b_along, member, PER_GROUP, GROUPS)
-    b_first, b_second = coefficients(b_sum, b_along, b_rstd, 1.0 / (pixels * PER_GROUP))
+    share = 1.0 / (pixels * PER_GROUP)
+    b_sum = over_groups(b_sum * b_weight, member, PER_GROUP, GROUPS) * share
+    b_along = over_groups(b_along * b_weight, member, PER_GROUP, GROUPS) * share
+    b_sum = over_channels(b_sum, member, PER_GROUP, GROUPS)[None, :]
+    b_along = over_channels(b_along, member, PER_GROUP, GROUPS)[None, :]
     if STEPS == 1:
-        b_dx = b_grad * b_scale[None, :] - b_first - b_x * b_second
+        b_dx = (b_grad * b_weight[None, :] - b_sum - b_hat * b_along) * b_rstd[None, :]
         if beside is not None:
             b_dx += load_float(beside + base, offset, mask)
         tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask)
@@ -147,15 +136,78 @@ def _whole_gradient_kernel(
         for step in tl.range(0, STEPS, num_stages=STAGES):
             o_p = (STEPS - 1 - step) * ROWS + tl.arange(0, ROWS)
             offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
-            b_x, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_mean, b_scale, b_bias, SILU, "")
-            b_dx = b_grad * b_scale[None, :] - b_first - b_x * b_second
+            b_hat, b_grad = tile_gradient(
+                grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU
+            )
+            b_dx = (b_grad * b_weight[None, :] - b_sum - b_hat * b_along) * b_rstd[None, :]
             if beside is not None:
                 b_dx += load_float(beside + base, offset, mask)
             tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask)
 
 
 @jit
-def _chained_gradient_kernel(
+def _gradient_sums_kernel(
+    grad,
+    x,
+    weight,
+    bias,
+    shift,
+    mean,
+    rstd,
+    parts,
+    sums,
+    pixels,
+    shift_stride,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    SILU: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sums over a chunk of ROWS * STEPS pixels: of dz * weight and dz * weight * xhat over each group ->
+    ``parts`` [N, chunks, 2, G]; of dz and dz * xhat over each channel -> ``sums`` [N, chunks, 2, C] or None.
+    """
+    chunk, sample = tl.program_id(0), tl.program_id(2)
+    o_c, m_c, o_g, m_g, member = program_channels(tl.program_id(1), CHANNELS, PER_GROUP, GROUPS, SLOTS, WIDTH)
+    base = sample.to(tl.int64) * pixels * CHANNELS
+    grad, x = grad + base, x + base
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    b_shift = None if shift is None else load_float(shift + sample * shift_stride, o_c, m_c)[None, :]
+    b_weight, b_bias, b_mean, b_rstd = channel_values(
+        weight, bias, mean, rstd, sample, o_c, m_c, CHANNELS, PER_GROUP
+    )
+    b_sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    b_alongs = tl.zeros([ROWS, WIDTH], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        o_p = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
+        b_hat, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU)
+        b_sums += b_grad
+        b_alongs += b_grad * b_hat
+    b_sum, b_along = tl.sum(b_sums, axis=0), tl.sum(b_alongs, axis=0)
+    part = sample * tl.num_programs(0) + chunk
+    if sums is not None:
+        o_sums = part * (2 * CHANNELS) + o_c
+        tl.store(sums + o_sums, b_sum, m_c)
+        tl.store(sums + o_sums + CHANNELS, b_along, m_c)
+    o_parts = part * (2 * (CHANNELS // PER_GROUP)) + o_g
+    b_sum = over_groups(b_sum * b_weight, member, PER_GROUP, GROUPS)
+    b_along = over_groups(b_along * b_weight, member, PER_GROUP, GROUPS)
+    tl.store(parts + o_parts, b_sum, m_g)
+    tl.store(parts + o_parts + CHANNELS // PER_GROUP, b_along, m_g)
+
+
+@jit
+def _gradient_kernel(
     grad,
     x,
     weight,
@@ -165,14 +217,10 @@ def _chained_gradient_kernel(
     rstd,
     beside,
     parts,
-    sums,
     grad_x,
-    counters,
     pixels,
     shift_stride,
     chunks,
-    pieces,
-    lead,
     SEATS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PER_GROUP: tl.constexpr,
@@ -187,80 +235,34 @@ def _chained_gradient_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A chunk of ROWS * STEPS pixels of GROUPS groups of a sample, all whose chunks are a piece.
-
-    On the first walk sums over the chunk: those that :func:`coefficients` takes -> ``parts`` [N, chunks + 1, 2, G], and
-    behind them over the piece; of dz and dz * xhat over each channel -> ``sums`` [N, chunks, 2, C] or None. On the
-    second walk the gradient.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    place, on_first_walk = take_turn(counters, chunks * pieces, lead)
-    piece, chunk = place // chunks, place % chunks
-    NUMBER: tl.constexpr = CHANNELS // PER_GROUP
-    BLOCKS: tl.constexpr = (NUMBER + GROUPS - 1) // GROUPS
-    sample = piece // BLOCKS
-    o_c, m_c, o_g, m_g, member = program_channels(piece % BLOCKS, CHANNELS, PER_GROUP, GROUPS, SLOTS, WIDTH)
+    """Add up the chunks' sums, then the gradient of ROWS * STEPS pixels, the last ones first."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample = tl.num_programs(2) - 1 - tl.program_id(2)
+    o_c, m_c, o_g, m_g, member = program_channels(tl.program_id(1), CHANNELS, PER_GROUP, GROUPS, SLOTS, WIDTH)
     base = sample.to(tl.int64) * pixels * CHANNELS
     grad, x, grad_x = grad + base, x + base, grad_x + base
-    parts += sample * (chunks + 1) * (2 * NUMBER)
+    o_k = tl.arange(0, SEATS)
+    o_parts = (sample * chunks + o_k)[:, None] * (2 * (CHANNELS // PER_GROUP)) + o_g[None, :]
+    m_parts = (o_k < chunks)[:, None] & m_g[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    share = 1.0 / (pixels * PER_GROUP)
+    b_sum = tl.sum(load_float(parts, o_parts, m_parts), axis=0) * share
+    b_along = tl.sum(load_float(parts, o_parts + CHANNELS // PER_GROUP, m_parts), axis=0) * share
+    b_sum = over_channels(b_sum, member, PER_GROUP, GROUPS)[None, :]
+    b_along = over_channels(b_along, member, PER_GROUP, GROUPS)[None, :]
     b_shift = None if shift is None else load_float(shift + sample * shift_stride, o_c, m_c)[None, :]
-    b_mean, b_rstd, b_scale, b_bias = channel_values(
+    b_weight, b_bias, b_mean, b_rstd = channel_values(
         weight, bias, mean, rstd, sample, o_c, m_c, CHANNELS, PER_GROUP
     )
-    if on_first_walk:
-        b_sums = tl.zeros([ROWS, WIDTH], tl.float32)
-        b_alongs = tl.zeros([ROWS, WIDTH], tl.float32)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            o_p = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
-            b_x, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_mean, b_scale, b_bias, SILU, "")
-            b_sums += b_grad
-            b_alongs += b_grad * b_x
-        b_sum, b_along = tl.sum(b_sums, axis=0), tl.sum(b_alongs, axis=0)
-        if sums is not None:
-            o_sums = (sample * chunks + chunk) * (2 * CHANNELS) + o_c
-            tl.store(sums + o_sums, b_sum, m_c)
-            tl.store(sums + o_sums + CHANNELS, b_along * b_rstd, m_c)
-        o_parts = chunk * (2 * NUMBER) + o_g
-        tl.store(parts + o_parts, over_groups(b_sum * b_scale, member, PER_GROUP, GROUPS), m_g)
-        tl.store(parts + o_parts + NUMBER, over_groups(b_along * b_scale, member, PER_GROUP, GROUPS), m_g)
-        if is_last(counters, piece, chunks):
-            b_sum_g, b_along_g = _added(parts, o_g, m_g, chunks, NUMBER, SEATS)
-            tl.store(parts + chunks * (2 * NUMBER) + o_g, b_sum_g, m_g)
-            tl.store(parts + chunks * (2 * NUMBER) + NUMBER + o_g, b_along_g, m_g)
-            tell(counters, piece)
-    else:
-        wait_for(counters, piece, chunks)
-        b_sum_g = load_fresh(parts + chunks * (2 * NUMBER), o_g, m_g)
-        b_along_g = load_fresh(parts + chunks * (2 * NUMBER) + NUMBER, o_g, m_g)
-        b_sum = over_channels(b_sum_g, member, PER_GROUP, GROUPS)
-        b_along = over_channels(b_along_g, member, PER_GROUP, GROUPS)
-        b_first, b_second = coefficients(b_sum, b_along, b_rstd, 1.0 / (pixels * PER_GROUP))
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            o_p = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-            offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
-            b_x, b_grad = tile_gradient(
-                grad, x, offset, mask, b_shift, b_mean, b_scale, b_bias, SILU, "evict_first"
-            )
-            b_dx = b_grad * b_scale[None, :] - b_first - b_x * b_second
-            if beside is not None:
-                b_dx += tl.load(beside + base + offset, mask, eviction_policy="evict_first").to(tl.float32)
-            tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask, eviction_policy="evict_first")
-
-
-@jit
-def _added(parts, o_g, m_g, chunks, NUMBER: tl.constexpr, SEATS: tl.constexpr):
-    """Both sums over a piece, of those over its chunks."""
-    b_sums = tl.zeros([SEATS, o_g.shape[0]], tl.float32)
-    b_alongs = tl.zeros([SEATS, o_g.shape[0]], tl.float32)
-    for start in tl.range(0, chunks, SEATS):
-        o_k = start + tl.arange(0, SEATS)
-        o_parts = o_k[:, None] * (2 * NUMBER) + o_g[None, :]
-        m_parts = (o_k < chunks)[:, None] & m_g[None, :]
-        b_sums += load_fresh(parts, o_parts, m_parts)
-        b_alongs += load_fresh(parts, o_parts + NUMBER, m_parts)
-    return tl.sum(b_sums, axis=0), tl.sum(b_alongs, axis=0)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        o_p = (part * STEPS + STEPS - 1 - step) * ROWS + tl.arange(0, ROWS)
+        offset, mask = tile_places(o_p, o_c, m_c, pixels, CHANNELS, CHANNELS_LAST, False)
+        b_hat, b_grad = tile_gradient(grad, x, offset, mask, b_shift, b_weight, b_bias, b_mean, b_rstd, SILU)
+        b_dx = (b_grad * b_weight[None, :] - b_sum - b_hat * b_along) * b_rstd[None, :]
+        if beside is not None:
+            b_dx += load_float(beside + base, offset, mask)
+        tl.store(grad_x + offset, b_dx.to(grad_x.dtype.element_ty), mask, eviction_policy="evict_first")
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -282,28 +284,34 @@ def _run_whole(
     return sums
 
 
-def _run_chained(
+def _run_chunked(
     inputs: Inputs, beside: Tensor | None, grad_x: Tensor, silu: bool, parameters: bool, launch: Launch
 ) -> Tensor | None:
     _, x, _, _, shift, mean, _ = inputs
     (samples, channels, height, width), groups = x.shape, mean.shape[1]
-    cut = chain(x, groups, launch)
-    parts = x.new_empty(samples, cut.chunks + 1, 2, groups, dtype=torch.float32)
-    sums = x.new_empty(samples, cut.chunks, 2, channels, dtype=torch.float32) if parameters else None
-    _chained_gradient_kernel[(2 * cut.chunks * cut.pieces,)](
+    pixels, stride = height * width, 0 if shift is None else shift.stride(0)
+    span, walk = (launch["ROWS"] * launch[steps] for steps in ("STEPS", "WALK"))
+    chunks, blocks = triton.cdiv(pixels, span), triton.cdiv(groups, launch["GROUPS"])
+    parts = x.new_empty(samples, chunks, 2, groups, dtype=torch.float32)
+    sums = x.new_empty(samples, chunks, 2, channels, dtype=torch.float32) if parameters else None
+    _gradient_sums_kernel[(chunks, blocks, samples)](
         *inputs,
-        *(beside, parts, sums, grad_x, cut.counters),
-        *(height * width, 0 if shift is None else shift.stride(0)),
-        *(cut.chunks, cut.pieces, cut.lead),
-        SEATS=cut.seats,
+        *(parts, sums, pixels, stride),
         SILU=silu,
         **constants(x, groups, launch, launch["STEPS"]),
+    )
+    _gradient_kernel[(triton.cdiv(pixels, walk), blocks, samples)](
+        *inputs,
+        *(beside, parts, grad_x, pixels, stride, chunks),
+        SEATS=triton.next_power_of_2(chunks),
+        SILU=silu,
+        **constants(x, groups, launch, launch["WALK"]),
     )
     return sums
 
 
 _WHOLE = Tuned("group_norm_gradient_whole", _whole_gradient_kernel, whole_candidates)
-_CHAINED = Tuned("group_norm_gradient_chained", _chained_gradient_kernel, chained_candidates)
+_CHUNKED = Tuned("group_norm_gradient_chunked", _gradient_kernel, chunked_candidates)
 
 
 @torch.library.custom_op("imagedream_rt::group_norm_gradient", mutates_args=())
@@ -329,7 +337,7 @@ def group_norm_gradient(
     beside = None if beside is None else beside.contiguous(memory_format=layout)
     inputs = (grad, x, *dense(weight, bias, shift), mean, rstd)
     key = tuning_key(x, mean.shape[1], 2)
-    plan, run = (_WHOLE, _run_whole) if whole_candidates(*key) else (_CHAINED, _run_chained)
+    plan, run = (_WHOLE, _run_whole) if whole_candidates(*key) else (_CHUNKED, _run_chunked)
 
     def measured(launch: Launch) -> None:
         run(inputs, beside, grad_x, silu, parameters, launch)

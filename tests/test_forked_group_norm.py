@@ -58,9 +58,9 @@ def test_gradients_of_both_ways_are_added(
     [
         Launch.of(warps=1, GROUPS=2, ROWS=64, STEPS=1, STAGES=1),
         Launch.of(warps=1, GROUPS=3, ROWS=4, STEPS=16, STAGES=1),
-        Launch.of(warps=1, GROUPS=2, ROWS=4, STEPS=2, AHEAD=1, STAGES=1),
+        Launch.of(warps=1, GROUPS=2, ROWS=4, STEPS=2, WALK=3, STAGES=1),
     ],
-    ids=["whole", "walked", "chained"],
+    ids=["whole", "walked", "chunked"],
 )
 def test_every_plan_adds_what_comes_from_elsewhere(launch: Launch, kernel_device: torch.device) -> None:
     (shape, groups), module = SHAPES[0], group_norm_backward
@@ -69,7 +69,7 @@ def test_every_plan_adds_what_comes_from_elsewhere(launch: Launch, kernel_device
     assert x is not None
     grad, beside = (torch.empty_like(x).copy_(randn(*shape, seed=seed)) for seed in (8, 9))
     moments = torch.zeros(2, shape[0], groups, device=kernel_device) + 0.5
-    run = module._run_chained if "AHEAD" in dict(launch.constants) else module._run_whole
+    run = module._run_chunked if "WALK" in dict(launch.constants) else module._run_whole
     found = []
     for extra in (None, beside):
         grad_x = torch.full_like(x, torch.nan)

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from imagedream_rt.kernels import group_norm as module
-from imagedream_rt.kernels._chain import lead_of, take_turn
-from imagedream_rt.kernels._group_tiles import chained_candidates, constants, whole_candidates
-from imagedream_rt.kernels._triton import HALF_AND_SINGLE, jit, tl
+from imagedream_rt.kernels._group_tiles import chunked_candidates, constants, whole_candidates
+from imagedream_rt.kernels._triton import HALF_AND_SINGLE
 from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.group_norm import group_norm, group_norm_reference
 
@@ -39,8 +38,8 @@ PLANS = {
     "whole": Launch.of(warps=1, GROUPS=2, ROWS=64, STEPS=1, STAGES=1),
     "whole, one group": Launch.of(warps=1, GROUPS=1, ROWS=64, STEPS=1, STAGES=1),
     "walked": Launch.of(warps=1, GROUPS=3, ROWS=4, STEPS=16, STAGES=1),
-    "chained": Launch.of(warps=1, GROUPS=2, ROWS=4, STEPS=2, AHEAD=2, STAGES=1),
-    "chained, one group": Launch.of(warps=1, GROUPS=1, ROWS=8, STEPS=1, AHEAD=99, STAGES=1),
+    "chunked": Launch.of(warps=1, GROUPS=2, ROWS=4, STEPS=2, WALK=3, STAGES=1),
+    "chunked, one group": Launch.of(warps=1, GROUPS=1, ROWS=8, STEPS=1, WALK=1, STAGES=1),
 }
 
 
@@ -53,7 +52,7 @@ def run_plan(
     """y, mean and rstd as one launch configuration computes them; fresh memory holds NaN."""
     y = torch.full_like(x, torch.nan)
     mean, rstd = x.new_full((2, len(x), groups), torch.nan, dtype=torch.float32)
-    run = module._run_chained if "AHEAD" in dict(launch.constants) else module._run_whole
+    run = module._run_chunked if "WALK" in dict(launch.constants) else module._run_whole
     run((x, weight, bias, shift), (y, mean, rstd), EPS, silu, launch)
     return y, mean, rstd
 
@@ -218,46 +217,21 @@ def test_float64_takes_the_reference(kernel_device: torch.device) -> None:
         group_norm(x, weight, bias, groups=2, eps=EPS, backend="triton")
 
 
-@jit
-def turns_kernel(counters, turns, chunks, lead):
-    place, on_first_walk = take_turn(counters, chunks, lead)
-    tl.store(turns, place * 2 + on_first_walk.to(tl.int32))
-
-
-@pytest.mark.parametrize("ahead", [0, 3, 99])
-@pytest.mark.parametrize(("chunks", "pieces"), [(1, 5), (4, 3), (7, 1)])
-def test_no_chunk_waits_for_one_that_starts_later(
-    chunks: int, pieces: int, ahead: int, kernel_device: torch.device
-) -> None:
-    lead, started = lead_of(chunks, pieces, ahead), []
-    for turn in range(2 * chunks * pieces):
-        counters, turns = (torch.full((1,), turn, dtype=torch.int32, device=kernel_device) for _ in range(2))
-        turns_kernel[(1,)](counters, turns, chunks * pieces, lead)
-        assert counters.item() == turn + 1
-        place, on_first_walk = divmod(int(turns.item()), 2)
-        if not on_first_walk:
-            piece = range(place // chunks * chunks, (place // chunks + 1) * chunks)
-            assert all((other, 1) in started for other in piece)
-        started.append((place, on_first_walk))
-    assert sorted(started) == [(place, walk) for place in range(chunks * pieces) for walk in (0, 1)]
-
-
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kernel", ["_whole_kernel", "_chained_kernel"])
+@pytest.mark.parametrize("kernel", ["_whole_kernel", "_moments_kernel", "_normalise_kernel"])
 def test_kernels_compile_ahead(kernel: str, arch: int) -> None:
     pytest.importorskip("triton")
     whole = kernel.startswith("_whole")
     shape = (10, 320, 32, 32) if whole else (4, 128, 256, 256)
     x = torch.empty(shape, dtype=torch.float16, device="meta").contiguous(memory_format=torch.channels_last)
     key = (shape[0], shape[1], shape[2] * shape[3], 32, 1)
-    launch = (whole_candidates(*key) if whole else chained_candidates(*key))[0]
+    launch = (whole_candidates(*key) if whole else chunked_candidates(*key))[0]
     given = {**constants(x, 32, launch, launch["STEPS"]), "SILU": True, "PDL": arch >= 90, "SEATS": 64}
     types = {
         **dict.fromkeys(("x", "weight", "bias", "shift", "y"), "*fp16"),
         **dict.fromkeys(("mean", "rstd", "moments"), "*fp32"),
-        **dict.fromkeys(("pixels", "shift_stride", "chunks", "pieces", "lead"), "i32"),
+        **dict.fromkeys(("pixels", "shift_stride", "chunks", "span"), "i32"),
         "eps": "fp32",
-        "counters": "*i32",
     }
     names = getattr(module, kernel).arg_names
     fixed = {name: value for name, value in given.items() if name in names}
@@ -287,7 +261,7 @@ def test_every_candidate(shape: tuple[int, ...]) -> None:
     given = inputs(shape, torch.float16, "cuda")
     truth = given.exact().call(group_norm_reference, eps=EPS, silu=True)
     key = (shape[0], shape[1], shape[2] * shape[3], 32, 1)
-    launches = whole_candidates(*key) or chained_candidates(*key)
+    launches = whole_candidates(*key) or chunked_candidates(*key)
     assert len(launches) > 1
     for launch in launches:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from rounding import assert_close, randn, relative_error
 from torch import Tensor
 
 from imagedream_rt.kernels import group_norm_backward as module
-from imagedream_rt.kernels._group_tiles import chained_candidates, constants, whole_candidates
+from imagedream_rt.kernels._group_tiles import chunked_candidates, constants, whole_candidates
 from imagedream_rt.kernels._tuning import Launch
 from imagedream_rt.kernels.group_norm import group_norm, group_norm_reference
 
@@ -21,8 +21,8 @@ REAL_SHAPES = [(10, 320, 32, 32), (10, 1280, 8, 8), (4, 128, 256, 256), (4, 256,
 PLANS = {
     "whole": Launch.of(warps=1, GROUPS=2, ROWS=64, STEPS=1, STAGES=1),
     "walked": Launch.of(warps=1, GROUPS=3, ROWS=4, STEPS=16, STAGES=1),
-    "chained": Launch.of(warps=1, GROUPS=2, ROWS=4, STEPS=2, AHEAD=2, STAGES=1),
-    "chained, one group": Launch.of(warps=1, GROUPS=1, ROWS=8, STEPS=1, AHEAD=99, STAGES=1),
+    "chunked": Launch.of(warps=1, GROUPS=2, ROWS=4, STEPS=2, WALK=3, STAGES=1),
+    "chunked, one group": Launch.of(warps=1, GROUPS=1, ROWS=8, STEPS=1, WALK=1, STAGES=1),
 }
 
 
@@ -90,7 +90,7 @@ def run_plan(
     mean, rstd = grouped.mean(-1).float(), (grouped.var(-1, correction=0) + EPS).rsqrt().float()
     x, weight, bias, shift = (None if tensor is None else tensor.detach() for tensor in given)
     grad_x = torch.full_like(given.x, torch.nan, requires_grad=False)
-    run = module._run_chained if "AHEAD" in dict(launch.constants) else module._run_whole
+    run = module._run_chunked if "WALK" in dict(launch.constants) else module._run_whole
     sums = run((cotangent, x, weight, bias, shift, mean, rstd), None, grad_x, silu, True, launch)
     assert sums is not None
     grad_bias, grad_weight = sums.sum((0, 1))
@@ -164,20 +164,19 @@ def test_registration(kernel_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kernel", ["_whole_gradient_kernel", "_chained_gradient_kernel"])
+@pytest.mark.parametrize("kernel", ["_whole_gradient_kernel", "_gradient_sums_kernel", "_gradient_kernel"])
 def test_kernels_compile_ahead(kernel: str, arch: int) -> None:
     pytest.importorskip("triton")
     whole = kernel.startswith("_whole")
     shape = (10, 320, 32, 32) if whole else (4, 128, 256, 256)
     x = torch.empty(shape, dtype=torch.float16, device="meta").contiguous(memory_format=torch.channels_last)
     key = (shape[0], shape[1], shape[2] * shape[3], 32, 2)
-    launch = (whole_candidates(*key) if whole else chained_candidates(*key))[0]
+    launch = (whole_candidates(*key) if whole else chunked_candidates(*key))[0]
     given = {**constants(x, 32, launch, launch["STEPS"]), "SILU": True, "PDL": arch >= 90, "SEATS": 64}
     types = {
         **dict.fromkeys(("grad", "x", "weight", "bias", "shift", "beside", "grad_x"), "*fp16"),
         **dict.fromkeys(("mean", "rstd", "parts", "sums"), "*fp32"),
-        **dict.fromkeys(("pixels", "shift_stride", "chunks", "pieces", "lead"), "i32"),
-        "counters": "*i32",
+        **dict.fromkeys(("pixels", "shift_stride", "chunks"), "i32"),
     }
     names = getattr(module, kernel).arg_names
     fixed = {name: value for name, value in given.items() if name in names}
@@ -202,7 +201,7 @@ def test_every_candidate(shape: tuple[int, ...]) -> None:
     cotangent = randn(*shape, seed=8).to(given.x).contiguous(memory_format=torch.channels_last)
     wanted = truth(given, cotangent, silu=True)
     key = (shape[0], shape[1], shape[2] * shape[3], 32, 2)
-    launches = whole_candidates(*key) or chained_candidates(*key)
+    launches = whole_candidates(*key) or chunked_candidates(*key)
     assert len(launches) > 1
     for launch in launches:
         for value, exact in zip(
