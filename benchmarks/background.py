@@ -40,7 +40,8 @@ def _case(ball: Ball) -> Case:
             "torch.compile": both_ways(torch.compile(background_reference, dynamic=False)),
         },
         reference=reference,
-        tolerance=1e-4,
+        # A ray on the kink of a ReLU may count or not.
+        tolerance=2e-3,
         # Direction, colour and its gradient.
         work=ball.directions.nbytes * 3.0,
         unit="TB/s",

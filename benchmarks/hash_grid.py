@@ -57,7 +57,7 @@ def _table(dtype: torch.dtype = torch.float32, *, trained: bool = False) -> nn.P
     return nn.Parameter(torch.randn(rows, CONFIG.features, device="cuda").to(dtype), requires_grad=trained)
 
 
-def _all_levels(device: torch.device) -> tuple[Tensor, ...]:
+def all_levels(device: torch.device) -> tuple[Tensor, ...]:
     """Scale, highest cell, multipliers of y and z, entries, offset, whether hashed: each [L, 1]."""
     columns = []
     for level in LEVELS:
@@ -67,7 +67,7 @@ def _all_levels(device: torch.device) -> tuple[Tensor, ...]:
     return scale, *(row[:, None] for row in torch.tensor(columns, device=device).t())
 
 
-def _formula(x: Tensor, table: Tensor, levels: tuple[Tensor, ...], jacobian: bool) -> Any:
+def formula(x: Tensor, table: Tensor, levels: tuple[Tensor, ...], jacobian: bool) -> Any:
     """The reference's formula over all levels at once, for ``torch.compile`` to fuse; differentiable."""
     scale, highest, by_y, by_z, entries, offset, hashed = levels
     position = x.t()[:, None] * scale + 0.5
@@ -104,11 +104,11 @@ def _tinycudann(x: Tensor, table: nn.Parameter) -> Callable[[], Tensor]:
 
 def _forwards(x: Tensor, table: nn.Parameter, *, jacobian: bool) -> dict[str, Callable[[], Any]]:
     function: Callable[..., Any] = hash_encode_jacobian if jacobian else hash_encode
-    compiled = torch.compile(_formula, dynamic=False)
+    compiled = torch.compile(formula, dynamic=False)
     found: dict[str, Callable[[], Any]] = {
         OURS: partial(function, x, table, LEVELS),
         "PyTorch": partial(function, x, table, LEVELS, backend="torch"),
-        "torch.compile": partial(compiled, x, table, _all_levels(x.device), jacobian),
+        "torch.compile": partial(compiled, x, table, all_levels(x.device), jacobian),
     }
     if not jacobian:
         found["tinycudann"] = _tinycudann(x, table)

@@ -399,8 +399,9 @@ def test_the_full_size_in_half_precision_stays_near_float32(
         wanted = plain(**given)
     hopper = torch.cuda.get_device_capability()[0] == 9
     assert set(ran.ours) == KERNELS | ({"convolution"} if hopper else set())
-    # Two in each residual block on maps of 16 x 16 and less, and three upsamplings.
-    assert ran.ours["convolution"] == (2 * 17 + 3 if hopper else 0)
+    # Two in each residual block on maps of 16 x 16 and less, and three upsamplings; of two groups, the input of 1920
+    # channels is too large.
+    assert ran.ours["convolution"] == (2 * 17 + 3 - (groups == 4) if hopper else 0)
     assert relative_error(found, wanted) <= 2e-3
 
 

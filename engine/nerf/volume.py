@@ -95,7 +95,7 @@ def _nerfacc() -> VolumeBackend:
     def sum_rays(sigma: Tensor, values: Tensor, samples: Samples) -> Sums:
         if not len(samples):
             return sum_along_rays(sigma, values, samples)
-        rays = {"ray_indices": samples.ray_indices, "n_rays": len(samples.packed_info)}
+        rays = {"ray_indices": samples.ray_indices.long(), "n_rays": len(samples.packed_info)}
         weights = nerfacc.render_weight_from_density(samples.t_starts, samples.t_ends, sigma, **rays)[0]
         middle = ((samples.t_starts + samples.t_ends) / 2)[:, None]
         opacity = nerfacc.accumulate_along_rays(weights, None, **rays)[:, 0]
