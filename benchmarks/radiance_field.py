@@ -78,7 +78,7 @@ def _encoded(x: Tensor, with_pullback: bool, *, table: Tensor) -> tuple[Tensor, 
 
 
 def _fused(x: Tensor, with_pullback: bool, *, table: Tensor) -> tuple[Tensor, Pullback | None]:
-    """Features of all levels at once, for ``torch.compile``: it would compile the levels of the reference for minutes."""
+    """Features of all levels at once, for ``torch.compile``, which takes minutes over the reference's levels."""
     levels = all_levels(x.device)
     if not with_pullback:
         return formula(x, table, levels, False), None
