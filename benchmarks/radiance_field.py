@@ -73,16 +73,16 @@ def _encoded(x: Tensor, with_pullback: bool, *, table: Tensor) -> tuple[Tensor, 
     """Features by the hash grid's own kernels; the rest is left to PyTorch."""
     if not with_pullback:
         return hash_encode(x, table, LEVELS), None
-    features, jacobian = hash_encode_jacobian(x, table, LEVELS)
-    return features, lambda grad: (jacobian * grad[:, :, None]).sum(1)
+    return _pulled_back(*hash_encode_jacobian(x, table, LEVELS))
 
 
 def _fused(x: Tensor, with_pullback: bool, *, table: Tensor) -> tuple[Tensor, Pullback | None]:
     """Features of all levels at once, for ``torch.compile``, which takes minutes over the reference's levels."""
-    levels = all_levels(x.device)
-    if not with_pullback:
-        return formula(x, table, levels, False), None
-    features, jacobian = formula(x, table, levels, True)
+    found = formula(x, table, all_levels(x.device), with_pullback)
+    return _pulled_back(*found) if with_pullback else (found, None)
+
+
+def _pulled_back(features: Tensor, jacobian: Tensor) -> tuple[Tensor, Pullback]:
     return features, lambda grad: (jacobian * grad[:, :, None]).sum(1)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import KernelBackend, constant, jit, tl, triton, use_triton
+from ._triton import KernelBackend, constant, jit, overlap, tl, triton, use_triton
 from ._tuning import Launch
 
 LOG2_E = constant(1.4426950408889634)
@@ -183,13 +183,9 @@ def chunked_candidates(
 
 
 def constants(x: Tensor, groups: int, launch: Launch, steps: int) -> dict[str, Any]:
-    """Keyword arguments that all kernels share; the tile walks through ``steps`` places.
-
-    From Hopper on, a kernel may start while the one before it ends: it then waits itself before it reads.
-    """
+    """Keyword arguments that all kernels share; the tile walks through ``steps`` places."""
     channels, pixels, number = x.shape[1], x.shape[2] * x.shape[3], launch["GROUPS"]
     per_group = channels // groups
-    overlap = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {
         "CHANNELS": channels,
         "PER_GROUP": per_group,
@@ -201,9 +197,8 @@ def constants(x: Tensor, groups: int, launch: Launch, steps: int) -> dict[str, A
         "CHANNELS_LAST": is_channels_last(x),
         "EVEN": pixels % (launch["ROWS"] * steps) == 0,
         "STAGES": launch["STAGES"],
-        "PDL": overlap,
         "num_warps": launch.warps,
-        **({"launch_pdl": True} if overlap else {}),
+        **overlap(x),
     }
 
 

@@ -64,6 +64,16 @@ def dense_box(tensor: Tensor, shape: list[int], block: list[int]) -> Any:
     return TensorDescriptor(tensor, shape, strides, block, layout)
 
 
+def overlap(x: Any) -> dict[str, Any]:
+    """Keyword arguments of a kernel that, from Hopper on, may start while the one before it ends, on the device of x.
+
+    With PDL it then waits itself before it reads.
+    """
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
 def constant(value: Any) -> Any:
     """A module constant that kernels may read."""
     return value if triton is None else tl.constexpr(value)

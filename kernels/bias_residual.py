@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._group_tiles import is_channels_last
-from ._triton import KernelBackend, jit, tl, triton, use_triton
+from ._triton import KernelBackend, jit, overlap, tl, triton, use_triton
 from ._tuning import Launch, Tuned
 
 
@@ -82,17 +82,15 @@ def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     bias = bias.contiguous()
-    overlap = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    options = {"launch_pdl": True} if overlap else {}
+    overlapping = overlap(x)
 
     def run(launch: Launch) -> None:
         _kernel[(triton.cdiv(rows, launch["ROWS"]) * triton.cdiv(columns, launch["COLUMNS"]),)](
             *(x, bias, residual, y, rows, columns),
             CHANNELS=channels,
             CHANNELS_LAST=last,
-            PDL=overlap,
+            **overlapping,
             **launch.options,
-            **options,
         )
 
     inputs = 1 if residual is None else 2

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import HALF, KernelBackend, jit, tl, triton, use_triton
+from ._triton import HALF, KernelBackend, jit, overlap, tl, triton, use_triton
 from ._tuning import Launch, Tuned
 
 NEIGHBOURS = 32
@@ -153,12 +153,6 @@ FOLDED_ROWS = 1024
 """Pixels of a program that adds products."""
 
 
-def _pdl(x: Tensor) -> tuple[bool, dict[str, bool]]:
-    """Whether a kernel may start while the one before it ends, and what the launch is told."""
-    overlap = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return overlap, {"launch_pdl": True} if overlap else {}
-
-
 def _depth(channels: int) -> int:
     """Channels of y that a tile holds."""
     return min(MOST_DEPTH, max(16, triton.next_power_of_2(channels)))
@@ -167,7 +161,7 @@ def _depth(channels: int) -> int:
 @torch.library.custom_op("imagedream_rt::picture_convolution", mutates_args=())
 def _picture_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     samples, channels, height, width = x.shape
-    out, rows, (overlap, options) = len(weight), samples * height * width, _pdl(x)
+    out, rows, overlapping = len(weight), samples * height * width, overlap(x)
     columns = _depth(out)
     y, bias = _empty(x, weight, bias), bias.contiguous()
 
@@ -178,9 +172,8 @@ def _picture_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             OUT=out,
             NEIGHBOURS=NEIGHBOURS,
             COLUMNS=columns,
-            PDL=overlap,
+            **overlapping,
             **launch.options,
-            **options,
         )
 
     run(_FORWARD.choose(x.device, (rows, out, x.dtype), run))
@@ -197,7 +190,7 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def picture_convolution_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """That by x, like it; ``grad`` [N, C', H, W] is that of y."""
     samples, channels, height, width = x.shape
-    out, rows, (overlap, options) = len(weight), samples * height * width, _pdl(x)
+    out, rows, overlapping = len(weight), samples * height * width, overlap(x)
     grad, grad_x = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
     products = x.new_empty(9 * channels, rows, dtype=torch.float32)
 
@@ -208,9 +201,8 @@ def picture_convolution_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Ten
             OUT=out,
             NEIGHBOURS=NEIGHBOURS,
             DEPTH=_depth(out),
-            PDL=overlap,
+            **overlapping,
             **launch.options,
-            **options,
         )
 
     run(_GRADIENT.choose(x.device, (rows, out, x.dtype), run))
@@ -218,9 +210,8 @@ def picture_convolution_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Ten
         *(products, grad_x, rows, height, width, *grad_x.stride()),
         IN=channels,
         ROWS=FOLDED_ROWS,
-        PDL=overlap,
         num_warps=4,
-        **options,
+        **overlapping,
     )
     return grad_x
 
