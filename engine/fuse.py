@@ -26,7 +26,7 @@ from .fused_field import CHECKPOINT_KIND, FusedField
 from .model import Cancel, Progress
 from .nerf.render import render
 from .objective import objective
-from .run_context import deterministic, interrupt_between_steps
+from .run_context import current, deterministic, interrupt_between_steps
 from .warm_start import ViewSource, WarmStartFit, sampling_steps
 
 Metrics = Callable[[str, int, dict[str, float]], None]
@@ -99,7 +99,11 @@ class Fusion:
         """
         path = None if checkpoint_path is None else Path(checkpoint_path)
         hooks = Hooks(on_progress, cancel, path, on_metrics)
-        with deterministic(self.device, self.deterministic), interrupt_between_steps() as interrupted:
+        with (
+            current(self.device),
+            deterministic(self.device, self.deterministic),
+            interrupt_between_steps() as interrupted,
+        ):
             if self.phase == WARM:
                 self._fit_views(hooks, interrupted)
             with self._steps(hooks) as advance:

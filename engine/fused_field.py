@@ -24,6 +24,7 @@ from .nerf.background import Background
 from .nerf.field import Field
 from .nerf.occupancy import OccupancyGrid
 from .nerf.render import render_rays
+from .run_context import current
 
 RAYS_PER_CHUNK = 16_384
 POINTS_PER_CHUNK = 2**18
@@ -95,18 +96,19 @@ class FusedField:
         origins, directions = rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3)
         colour = torch.tensor(background, dtype=torch.float32, device=self.device)
         parts = []
-        for begin in range(0, len(origins), RAYS_PER_CHUNK):
-            chunk = slice(begin, begin + RAYS_PER_CHUNK)
-            out = render_rays(
-                self.field,
-                self.background,
-                self.occupancy,
-                origins[chunk],
-                directions[chunk],
-                background_colour=colour,
-                config=self.config.render,
-            )
-            parts.append(torch.cat([out.rgb, out.opacity, out.depth], dim=-1))
+        with current(self.device):
+            for begin in range(0, len(origins), RAYS_PER_CHUNK):
+                chunk = slice(begin, begin + RAYS_PER_CHUNK)
+                out = render_rays(
+                    self.field,
+                    self.background,
+                    self.occupancy,
+                    origins[chunk],
+                    directions[chunk],
+                    background_colour=colour,
+                    config=self.config.render,
+                )
+                parts.append(torch.cat([out.rgb, out.opacity, out.depth], dim=-1))
         pixels = torch.cat(parts).view(len(cameras), resolution, resolution, 5)
         return Picture(pixels[..., :3], pixels[..., 3:4], pixels[..., 4:])
 
@@ -120,4 +122,5 @@ class FusedField:
 
     @torch.no_grad()
     def _chunked(self, function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-        return torch.cat([function(part.to(self.device)) for part in points.split(POINTS_PER_CHUNK)])
+        with current(self.device):
+            return torch.cat([function(part.to(self.device)) for part in points.split(POINTS_PER_CHUNK)])

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .run_context import current
+
 WARMUP = 4
 MOST_REPLAYS = 4
 """Graphs that a function keeps: views with and without guidance, and room for two sizes more."""
@@ -47,20 +49,22 @@ class GraphedStep:
         if self.device.type != "cuda":
             with _step():
                 self.step()
-        elif self.calls <= self.warmup:
-            self._aside()
-        else:
-            if self.graph is None:
-                self.graph = self._capture()
-            self.graph.replay()
+            return
+        with current(self.device):
+            if self.calls <= self.warmup:
+                self._aside()
+            else:
+                if self.graph is None:
+                    self.graph = self._capture()
+                self.graph.replay()
 
     def _aside(self) -> None:
         # capture wants what it records to have run on a side stream before (libraries set themselves up there)
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
+        side, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(usual)
         with torch.cuda.stream(side), _step():
             self.step()
-        current.wait_stream(side)
+        usual.wait_stream(side)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

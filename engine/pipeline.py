@@ -22,6 +22,7 @@ from .model import Cancel, Controller, MultiViewModel, Progress
 from .picture import PreparedPicture, Source, prepare
 from .record import Record
 from .results import Fused, Views, make_asset
+from .run_context import current
 from .sampler import decode_views, sample_views
 from .warm_start import DiffusedViews
 from .weights import load_model
@@ -244,7 +245,7 @@ class ImageTo3D:
             "grey": grey,
             "negative_prompt": negative,
         }
-        with job.record.timed("views"):
+        with current(self.model.device), job.record.timed("views"):
             conditioner = Conditioner(self.model, job.picture, prompt, negative)
             latents = sample_views(
                 self.model,
@@ -280,7 +281,7 @@ class ImageTo3D:
             "resumed": resume,
             "deterministic": deterministic or self.model.device.type == "cpu",
         }
-        with job.record.timed("fuse"):
+        with current(self.model.device), job.record.timed("fuse"):
             conditioner = Conditioner(self.model, job.picture, job.prompt, negative)
             fusion = Fusion(
                 config,

@@ -1,4 +1,4 @@
-"""Contexts that a long loop runs in: bit-reproducible arithmetic, and interrupts between steps only."""
+"""Contexts that work runs in: its device, bit-reproducible arithmetic, interrupts between steps only."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A CUDA device as this thread's current one: Triton, streams and graphs run there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

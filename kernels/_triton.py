@@ -99,7 +99,19 @@ def obstacle(device: torch.device | None) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _runs_on(device: torch.device) -> bool:
-    return obstacle(device) is None
+    if obstacle(device) is not None:
+        return False
+    _need_current(device)
+    return True
+
+
+def _need_current(device: torch.device) -> None:
+    """Triton launches on the current device, where the memory of another one cannot be read."""
+    if device.index != (now := torch.cuda.current_device()):
+        raise ValueError(
+            f"the tensors are on {device} and the current device is cuda:{now}, where a kernel would run: call this"
+            f" within torch.cuda.device({device.index})"
+        )
 
 
 def use_triton(
@@ -108,8 +120,8 @@ def use_triton(
     """Whether the Triton kernel computes a function of these tensors (None: an argument left out).
 
     ``auto`` says yes for CUDA tensors of the ``dtypes`` on a device that runs Triton, and no while a model is
-    exported. Raises ``ValueError`` for an unknown backend, or if ``triton`` is asked for tensors that it
-    cannot take, and ``ImportError`` if it is not installed.
+    exported. Raises ``ValueError`` for an unknown backend, if ``triton`` is asked for tensors that it cannot take, or
+    if a kernel would run on another device than that of the tensors, and ``ImportError`` if Triton is not installed.
     """
     if backend == "torch":
         return False
@@ -127,4 +139,6 @@ def use_triton(
         raise ValueError(f"backend 'triton' takes {', '.join(map(str, dtypes))}, got {found}")
     if not interpreted() and not all(tensor.is_cuda for tensor in given):
         raise ValueError("backend 'triton' needs tensors on a CUDA device; the CPU runs backend 'torch'")
+    if not interpreted():
+        _need_current(given[0].device)
     return True

@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..graphed import GraphedStep
 from ..layers import fast_memory_format
 from ..model import ModelCard, MultiViewModel
+from ..run_context import current
 from ..schedule import alphas_cumprod
 from ..vae import LatentCodec
 from ..weights import save_model_folder
@@ -81,6 +82,10 @@ class Trainer:
 
     def run(self, report: Report, save_every_s: float = 120.0) -> Path:
         """Trains until the budget is spent; returns the model's folder. An interrupt saves first."""
+        with current(self.device):
+            return self._run(report, save_every_s)
+
+    def _run(self, report: Report, save_every_s: float) -> Path:
         start = time.monotonic() - self.used_seconds
         # a resumed run draws other groups and other noise than the run before it
         torch.manual_seed(self.seed + self.step)
