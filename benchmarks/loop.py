@@ -4,7 +4,8 @@ The field is fitted to a ball first and its learning rates are zero, so that eve
 finished object; the weights of the model do not matter to the time. ``ours`` replays captured steps in half
 precision. ``reference`` is the plain loop: one operation after the other, float32 weights under autocast,
 networks without this package's kernels, and the prompt conditioned anew in every step, as in the released code;
-only its renderer is this package's own. The rungs between them add one optimisation each.
+only its renderer is this package's own. The rungs between them add one optimisation each; they all wait for the
+host, so what kernels save the device shows in ``ours without kernels``, which replays captured steps as well.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ..engine.model import MultiViewModel
 from ..engine.nerf.field import Field
 from ..engine.warmup import disc
 from ..engine.weights import load_model
+from ..kernels._triton import KernelBackend
 from . import ball
 from .harness import need_cuda, time_us, versions
 from .plot import loop_figure, write_figure
@@ -80,6 +82,8 @@ class Rung:
     """Whether UNet and VAE use this package's kernels."""
 
 
+OURS, WITHOUT_KERNELS = "ours", "ours without kernels"
+"""The second has PyTorch's operations in UNet and VAE."""
 REFERENCE = "reference"
 LADDER = (
     Rung(REFERENCE, torch.float32, False, False),
@@ -87,7 +91,7 @@ LADDER = (
     Rung("+ half-precision weights", torch.float16, True, False),
     Rung("+ kernels", torch.float16, True, True),
 )
-"""Each with what the ones above it have; "ours" has all, in one CUDA graph a step."""
+"""Each with what the ones above it have; :data:`OURS` has all, in one CUDA graph a step."""
 
 
 @dataclass(frozen=True)
@@ -122,27 +126,30 @@ def run(
     need_cuda()
     config = replace(preset_named(preset), warm_start=None, albedo_only_until=0)
     rows = []
+
+    def note(found: Iterator[StageRow]) -> None:
+        for row in found:
+            rows.append(row)
+            if on_row:
+                on_row(row)
+        torch.cuda.empty_cache()
+
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        field = _fitted_field(config)
+        for rung in LADDER if reference else ():
+            note(_plain_rows(rung, model, config, field, max(4, steps // 6)))
         loaded = load_model(model, device="cuda", dtype=torch.float16)
         guidance = ball_guidance(loaded, config)
-        field = _fitted_field(config)
         start = time.perf_counter()
         bank = GreyBank(guidance.conditioner)
         torch.cuda.synchronize()
         prepare_s = time.perf_counter() - start
         with loaded.encoders_parked(vision=True):
-            for stage, count in _stages(config):
-                rows.append(_captured_row(config, stage, count, guidance, bank, field, steps))
-                if on_row:
-                    on_row(rows[-1])
-        del bank, guidance, loaded
-        torch.cuda.empty_cache()
-        for rung in LADDER if reference else ():
-            for row in _plain_rows(rung, model, config, field, max(4, steps // 6)):
-                rows.append(row)
-                if on_row:
-                    on_row(row)
-            torch.cuda.empty_cache()
+            if reference:
+                _use_kernels(loaded, "torch")
+                note(_captured_rows(WITHOUT_KERNELS, config, guidance, bank, field, steps))
+                _use_kernels(loaded, "auto")
+            note(_captured_rows(OURS, config, guidance, bank, field, steps))
     return LoopReport(
         model, torch.cuda.get_device_name(), versions(), rows, prepare_s, schedule_minutes(rows)
     )
@@ -187,7 +194,25 @@ def ball_guidance(model: MultiViewModel, config: FusionConfig) -> MultiViewGuida
     return MultiViewGuidance(model, Conditioner(model, disc(), "a ball"), config)
 
 
+def _use_kernels(model: MultiViewModel, backend: KernelBackend) -> None:
+    for network in (model.unet, model.vae):
+        use_kernels(network, backend)
+
+
+def _captured_rows(
+    name: str,
+    config: FusionConfig,
+    guidance: MultiViewGuidance,
+    bank: GreyBank,
+    field: Weights,
+    steps: int,
+) -> Iterator[StageRow]:
+    for stage, count in _stages(config):
+        yield _captured_row(name, config, stage, count, guidance, bank, field, steps)
+
+
 def _captured_row(
+    name: str,
     config: FusionConfig,
     stage: Stage,
     count: int,
@@ -210,7 +235,7 @@ def _captured_row(
     busy = _busy_share(loop.advance, 3 * LOOK_EVERY + steps)
     parts = _parts(loop)
     return StageRow(
-        "ours",
+        name,
         stage.resolution,
         stage.views,
         count,
@@ -317,8 +342,7 @@ def _plain_rows(
 ) -> Iterator[StageRow]:
     loaded = load_model(model, device="cuda", dtype=rung.dtype)
     if not rung.kernels:
-        for network in (loaded.unet, loaded.vae):
-            use_kernels(network, "torch")
+        _use_kernels(loaded, "torch")
     guidance = ball_guidance(loaded, config)
     if not rung.remembers:
         guidance = Forgetful(loaded, guidance.conditioner, config)

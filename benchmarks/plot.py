@@ -75,8 +75,6 @@ def loop_figure(report: LoopReport) -> Any:
     from matplotlib.figure import Figure
 
     loops = list(report.schedule_min)
-    # From the plainest to the fastest, whatever the order in which they were measured.
-    loops = [*loops[1:], loops[0]]
     drawn = Figure(figsize=(9, 1.2 + 0.5 * len(loops)), layout="constrained", dpi=DPI)
     axes = drawn.subplots()
     ends = [0.0] * len(loops)

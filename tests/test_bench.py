@@ -14,13 +14,9 @@ import pytest
 import torch
 from command_line import CommandLine
 
-from imagedream_rt.benchmarks import ball, harness, kernels
-from imagedream_rt.benchmarks import loop as loop_benchmark
+from imagedream_rt.benchmarks import harness, kernels
 from imagedream_rt.benchmarks.harness import Case, Report, Row, best_peer, measure, relative_error
-from imagedream_rt.benchmarks.loop import LoopReport, StageRow, schedule_minutes
-from imagedream_rt.engine.config import FieldConfig, HashGridConfig
 from imagedream_rt.engine.errors import InputError
-from imagedream_rt.engine.nerf.field import Field
 
 CEILINGS = {"TFLOP/s": 700.0, "TB/s": 4.0}
 TIMES = {"ours": 2.0, "peer": 5.0, "slow peer": 8.0}
@@ -258,33 +254,3 @@ def test_the_clock_on_the_gpu() -> None:
         low, median, high = harness.time_us(lambda: target.copy_(source), graph=graph)
         assert 6 < median < 1400
         assert low <= median <= high
-
-
-def stage_row(loop: str, steps: int, mean_ms: float, resolution: int = 64) -> StageRow:
-    return StageRow(loop, resolution, 8, steps, mean_ms, 1.0, 1.0, None, None, None, None, 1.0, {})
-
-
-def test_schedule_is_every_stage_at_its_mean() -> None:
-    rows = [stage_row("ours", 5000, 12.0), stage_row("ours", 2500, 24.0), stage_row("reference", 5000, 120.0)]
-    assert schedule_minutes(rows) == pytest.approx({"ours": 2.0, "reference": 10.0})
-
-
-def test_a_field_can_be_fitted_to_the_ball() -> None:
-    grid = HashGridConfig(levels=8, log2_table=14, base_resolution=8)
-    field = Field(FieldConfig(grid), generator=torch.Generator().manual_seed(0))
-    ball.fit(field, steps=150, points=2**10)
-    direction = torch.nn.functional.normalize(torch.randn(500, 3), dim=1)
-    inside, outside = (field.density(direction * ball.RADIUS * place) for place in (0.9, 1.3))
-    assert inside.mean() > 25.0 > 0.5 > outside.mean()
-
-
-def test_files_of_the_loop(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [
-        stage_row(loop, 5000, 12.0, px) for loop in ("ours", "reference", "+ kernels") for px in (64, 192)
-    ]
-    report = LoopReport("random:full", "a GPU", harness.versions(), rows, 1.0, schedule_minutes(rows))
-    written = loop_benchmark.write(report, tmp_path)
-    assert [path.name for path in written] == ["loop.json", "loop.png"]
-    assert json.loads(written[0].read_text())["schedule_min"]["reference"] == pytest.approx(2.0)
-    assert written[1].read_bytes().startswith(b"\x89PNG")
