@@ -7,6 +7,7 @@ import doctest
 import pytest
 import torch
 from ahead import compile_ahead
+from graphs import captured
 from nerf_references import recorded, relative_error
 from ragged import poisoned_memory
 from torch import Tensor
@@ -127,15 +128,8 @@ def test_many_rays_and_a_graph() -> None:
         colour = background(still, given, backend="triton")
         return [colour, *torch.autograd.grad(colour, given, cotangent)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    replay, got = captured(step)
     still.copy_(directions)
-    graph.replay()
+    replay()
     for one, other in zip(got, wanted, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ahead import compile_ahead
 from feature_maps import DTYPES_AND_LAYOUTS, LAYOUTS
+from graphs import captured
 from rounding import assert_close, leaf, randn, relative_error
 from torch import Tensor
 
@@ -143,8 +144,6 @@ def test_real_shapes_and_capture(shape: tuple[int, ...]) -> None:
     x, bias, residual = (tensor.detach() for tensor in inputs(shape, torch.float16, torch.device("cuda")))
     wanted = bias_residual_reference(x.double(), bias.double(), residual.double())
     assert_close(bias_residual(x, bias, residual), wanted)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = bias_residual(x, bias, residual)
-    graph.replay()
+    replay, found = captured(lambda: bias_residual(x, bias, residual))
+    replay()
     assert_close(found, wanted)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from ahead import compile_ahead
+from graphs import captured
 from nerf_references import recorded, relative_error
 from ragged import COUNTS, moved, padded, poisoned_memory, ragged
 from torch import Tensor
@@ -384,18 +385,11 @@ def test_captured_in_a_graph() -> None:
             *(grad[:n] for grad in torch.autograd.grad(loss, still.learnt)),
         ]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    replay, got = captured(step)
     with torch.no_grad():
         for one, other in zip(still.learnt, given.learnt, strict=True):
             one.copy_(other)
-    graph.replay()
+    replay()
     torch.testing.assert_close(got[0], wanted["weights"][:n])
     torch.testing.assert_close(got[1], wanted["colour"])
     for one, other in zip(got[2:], step()[2:], strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ahead import compile_ahead
+from graphs import captured
 from rounding import DTYPES, assert_close, leaf, randn
 
 from imagedream_rt.kernels import cross_attention
@@ -242,13 +243,10 @@ def test_kernel_builds_ahead_of_time(arch: int) -> None:
 def test_kernel_in_a_cuda_graph() -> None:
     with torch.no_grad():
         q, k_text, v_text, *image = inputs_of(REAL_SHAPES[2], torch.float16, torch.device("cuda"))
-        decoupled_cross_attention(q, k_text, v_text, *image)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = decoupled_cross_attention(q, k_text, v_text, *image)
+        replay, out = captured(lambda: decoupled_cross_attention(q, k_text, v_text, *image))
         out.fill_(float("nan"))
         q.neg_()
-        graph.replay()
+        replay()
         q, k_text, v_text, k_image, v_image = (x.double() for x in (q, k_text, v_text, *image))
         assert_close(out, decoupled_cross_attention_reference(q, k_text, v_text, k_image, v_image))
 

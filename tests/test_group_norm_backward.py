@@ -8,6 +8,7 @@ import pytest
 import torch
 from ahead import compile_ahead
 from feature_maps import DTYPES_AND_LAYOUTS, LAYOUTS, SHAPES, Inputs, inputs
+from graphs import captured
 from rounding import assert_close, randn, relative_error
 from torch import Tensor
 
@@ -220,10 +221,8 @@ def test_captured_in_a_graph_and_compiled() -> None:
         return torch.autograd.grad(y, x, cotangent)[0]
 
     wanted = gradient(*given)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = gradient(*given)
-    graph.replay()
+    replay, found = captured(lambda: gradient(*given))
+    replay()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
     compiled = torch.compile(group_norm, fullgraph=True)

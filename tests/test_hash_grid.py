@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ahead import compile_ahead
+from graphs import captured
 from nerf_references import FIELD, recorded, relative_error, slow_hash_encode
 from torch import Tensor
 
@@ -425,14 +426,11 @@ def test_every_launch_adds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_captured_in_a_graph() -> None:
     x, table, cotangents = case(4099, 2, torch.device("cuda"))
     count = torch.tensor([4099], dtype=torch.int32, device="cuda")
-    everything(x, table, cotangents, count=count)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = everything(x, table, cotangents, count=count)
+    replay, got = captured(lambda: everything(x, table, cotangents, count=count))
     for valid in (4099, 300, 0):
         count.fill_(valid)
         x.uniform_()
-        graph.replay()
+        replay()
         wanted = everything(x, table, cotangents, count=count, backend="torch")
         for number, (a, b) in enumerate(zip(got, wanted, strict=True)):
             end = valid if number < 3 else None

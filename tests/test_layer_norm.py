@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ahead import compile_ahead
+from graphs import captured
 from rounding import assert_close, leaf, randn
 from torch import Tensor
 from torch.nn import functional
@@ -196,16 +197,13 @@ def test_kernels_build_ahead_of_time(arch: int) -> None:
 def test_kernels_in_a_cuda_graph() -> None:
     x, delta = (torch.randn(64, 320, device="cuda", dtype=torch.float16) for _ in range(2))
     weight, bias = torch.randn(2, 320, device="cuda")
-    add_layer_norm(x, delta, weight, bias)
-    layer_norm(x, weight, bias)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        total, sum_norm = add_layer_norm(x, delta, weight, bias)
-        norm = layer_norm(x, weight, bias)
+    replay, (total, sum_norm, norm) = captured(
+        lambda: (*add_layer_norm(x, delta, weight, bias), layer_norm(x, weight, bias))
+    )
     for out in (total, sum_norm, norm):
         out.fill_(float("nan"))
     x.neg_()
-    graph.replay()
+    replay()
     weight, bias = weight.double(), bias.double()
     assert torch.equal(total, x + delta)
     assert_close(sum_norm, layer_norm_reference(total.double(), weight, bias))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ahead import compile_ahead
 from feature_maps import LAYOUTS
+from graphs import captured
 from operators import Operators
 from rounding import assert_close, leaf, randn
 from torch import Tensor
@@ -188,10 +189,7 @@ def test_real_shapes_and_capture(shape: tuple[int, ...]) -> None:
         y = picture_convolution(x, weight, bias)
         return y.detach(), torch.autograd.grad(y, x, cotangent)[0]
 
-    both()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = both()
-    graph.replay()
+    replay, found = captured(both)
+    replay()
     for value, truth in zip(found, (wanted, wanted_gradient), strict=True):
         assert_close(value, truth)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from ahead import compile_ahead
+from graphs import captured
 from nerf_references import RENDER, recorded
 from ragged import assert_same_samples, moved, poisoned_memory
 from torch import Tensor
@@ -284,12 +285,9 @@ def test_official_rays(views: int, resolution: int) -> None:
 def test_captured_in_a_graph() -> None:
     origins, directions, ball = official_rays(4, 64)
     step, capacity = OFFICIAL.render.step_size, 2**21
-    march(origins, directions, ball, step, capacity=capacity)
     still = torch.zeros_like(ball)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = march(origins, directions, still, step, capacity=capacity)
+    replay, got = captured(lambda: march(origins, directions, still, step, capacity=capacity))
     for occupied in (ball, ball & (torch.rand(32, 32, 32, device="cuda") < 0.1)):
         still.copy_(occupied)
-        graph.replay()
+        replay()
         assert_same_samples(got.trim(), march(origins, directions, occupied, step))

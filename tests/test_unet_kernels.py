@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import captured
 from operators import Operators
 from torch import Tensor
 from torch.nn import functional
@@ -260,11 +261,9 @@ def test_what_is_not_folded(upsampled: Upsampled, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 def test_a_captured_network_folds_before_its_capture(upsampled: Upsampled) -> None:
     """What lies in a graph's memory must not be kept: so a capture without a call before it does not fold."""
-    graph = torch.cuda.CUDAGraph()
     wanted = upsampled.layer(upsampled.x)
-    with torch.cuda.graph(graph):
-        found = upsampled.layer(upsampled.x)
-    graph.replay()
+    replay, found = captured(lambda: upsampled.layer(upsampled.x))
+    replay()
     torch.testing.assert_close(found, wanted)
     upsampled.layer.conv.weight.mul_(2.0)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ahead import compile_ahead
+from graphs import captured
 from operators import Operators
 from rounding import leaf, randn, relative_error
 from torch import Tensor
@@ -130,9 +131,7 @@ def test_the_encoders_shape_is_as_exact_as_pytorchs_and_captured(dtype: torch.dt
         assert (
             relative_error(value, truth) <= 1.2 * relative_error(theirs, truth) + torch.finfo(dtype).eps / 4
         )
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        again = results(wide_attention, qkv, cotangent)
-    graph.replay()
+    replay, again = captured(lambda: results(wide_attention, qkv, cotangent))
+    replay()
     for value, expected in zip(again, found, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
