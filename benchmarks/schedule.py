@@ -1,4 +1,4 @@
-"""A preset's whole schedule from its first step to its last, by the clock on the wall, with its log.
+"""A preset's whole fusion by the clock on the wall, with its log: a warm start, if it has one, and every step.
 
 What ``bench loop`` projects from a few steps of each stage, seen in full. The field starts as a solid ball and stays
 one, so that weights which know no object render the samples of a finished one.
@@ -16,7 +16,9 @@ import torch
 
 from ..engine.config import preset as preset_named
 from ..engine.files import write_json
-from ..engine.fuse import Fusion
+from ..engine.fuse import FUSE, WARM, Fusion
+from ..engine.pipeline import ImageTo3D
+from ..engine.warm_start import DiffusedViews
 from ..engine.warmup import OPAQUE_BLOB
 from ..engine.weights import load_model
 from .harness import need_cuda, versions
@@ -29,6 +31,8 @@ LINE_EVERY = 500
 class Line:
     """The log: where the fusion stood, ``seconds`` after it began."""
 
+    phase: str
+    """``warm-start`` or ``fuse``."""
     step: int
     seconds: float
     loss: float
@@ -38,11 +42,13 @@ class Line:
 
 @dataclass(frozen=True)
 class ScheduleReport:
-    """One run; ``seconds`` from the loaded model to the finished field, conditions of the picture included."""
+    """One run; ``seconds`` from the loaded model to the finished field, with the picture's conditions and the views."""
 
     model: str
     preset: str
     steps: int
+    """Of distillation."""
+    deterministic: bool
     device: str
     versions: dict[str, str]
     seconds: float
@@ -58,35 +64,47 @@ def run(
     preset: str = "official",
     *,
     steps: int | None = None,
+    deterministic: bool = False,
     on_line: Callable[[Line], None] | None = None,
 ) -> ScheduleReport:
-    """Run the preset's fusion on the current CUDA device, or the first ``steps`` of it.
+    """Run the preset's fusion on the current CUDA device, or the first ``steps`` of its distillation.
 
     Raises :class:`InputError` without a CUDA device, and what the fusion raises.
     """
     need_cuda()
     config = preset_named(preset)
     solid = replace(config.field, blob_strength=OPAQUE_BLOB)
-    config = config.changed(field=solid, warm_start=None, steps=steps or config.steps)
+    config = config.changed(field=solid, steps=steps or config.steps)
+    ends = {WARM: config.fitted_steps, FUSE: config.steps}
     log: list[Line] = []
-    loaded = load_model(model, device="cuda", dtype=torch.float16)
+    # With the networks as a job has them.
+    loaded = ImageTo3D(load_model(model, device="cuda", dtype=torch.float16)).model
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
 
     def note(phase: str, done: int, values: dict[str, float]) -> None:
-        if done % LINE_EVERY == 0 or done == config.steps:
+        if done % LINE_EVERY == 0 or done == ends[phase]:
             held = torch.cuda.max_memory_reserved() / 2**30
-            log.append(Line(done, time.perf_counter() - start, values["loss"], held))
+            log.append(Line(phase, done, time.perf_counter() - start, values["loss"], held))
             if on_line is not None:
                 on_line(log[-1])
 
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        Fusion(config, ball_guidance(loaded, config), seed=SEED, device="cuda").run(on_metrics=note)
+        guidance = ball_guidance(loaded, config)
+        Fusion(
+            config,
+            guidance,
+            seed=SEED,
+            device=loaded.device,
+            views=DiffusedViews(loaded, guidance.conditioner, config, SEED) if config.warm_start else None,
+            deterministic=deterministic,
+        ).run(on_metrics=note)
     torch.cuda.synchronize()
     return ScheduleReport(
         model,
         config.name,
         config.steps,
+        deterministic,
         torch.cuda.get_device_name(),
         versions(),
         time.perf_counter() - start,

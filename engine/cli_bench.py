@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from ..benchmarks.harness import Row
     from ..benchmarks.loop import StageRow
     from ..benchmarks.schedule import Line
+    from ..benchmarks.start import Start
     from ..benchmarks.views import ViewsRow
     from .backends import UNetName
 
-bench = typer.Typer(no_args_is_help=True, help="Measure speed against the strongest peers, on a CUDA device.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed against the strongest peers, and quality.")
 
 
 @bench.command()
@@ -96,19 +97,22 @@ def schedule(
     model: opt.Model = "random:full",
     preset: Annotated[str, typer.Option(help="One of the presets.")] = "official",
     steps: opt.Steps = None,
+    deterministic: opt.Deterministic = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for schedule.json.")] = Path(
         "out/bench"
     ),
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """A preset's whole fusion, from its first step to its last, by the clock on the wall."""
+    """A preset's whole fusion, its diffused views included, by the clock on the wall."""
     with work(debug):
         from ..benchmarks.schedule import run, write
         from .files import check_writable_folder
 
         check_writable_folder(output)
-        report = run(model, preset, steps=steps, on_line=None if as_json else _log_line)
+        report = run(
+            model, preset, steps=steps, deterministic=deterministic, on_line=None if as_json else _log_line
+        )
         path = write(report, output)
     if as_json:
         print_outcome([path], report.to_dict())
@@ -119,7 +123,8 @@ def schedule(
 
 def _log_line(line: Line) -> None:
     print(
-        f"step {line.step:>6}  {line.seconds:8.1f} s  loss {line.loss:.4g}  {line.reserved_gib:.1f} GiB",
+        f"{line.phase:<10} step {line.step:>6}  {line.seconds:8.1f} s  loss {line.loss:.4g}"
+        f"  {line.reserved_gib:.1f} GiB",
         file=sys.stderr,
     )
 
@@ -151,6 +156,41 @@ def views(
         print_outcome([output / "views.json"], report.to_dict())
         return
     print_files({output / "views.json": "every figure, with device and versions"})
+
+
+@bench.command()
+def start(
+    model: opt.Model = "random:full",
+    preset: Annotated[str, typer.Option(help="One of the presets.")] = "official",
+    device: opt.Device = "auto",
+    backend: opt.Backend = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for start.json.")] = Path(
+        "out/bench"
+    ),
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """From the start of a process to full speed, with empty caches and with those that it leaves to the next."""
+    with work(debug):
+        from ..benchmarks.start import run
+        from .files import check_writable_folder, write_json
+
+        check_writable_folder(output)
+        report = run(model, preset, device, backend or (), on_row=None if as_json else _start)
+        write_json(output / "start.json", report.to_dict())
+    if as_json:
+        print_outcome([output / "start.json"], report.to_dict())
+        return
+    print_files({output / "start.json": "every figure, with device and versions"})
+
+
+def _start(row: Start) -> None:
+    """One process, when it has ended."""
+    print(
+        f"caches {row.caches:<5}  imported after {row.imported_s:.1f} s, model loaded {row.loaded_s:.1f} s, at full"
+        f" speed {row.ready_s:.1f} s; four views then {row.views_ms:.0f} ms",
+        file=sys.stderr,
+    )
 
 
 def _views(console: Console | None, row: ViewsRow) -> None:

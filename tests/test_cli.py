@@ -32,6 +32,9 @@ COMMANDS = (
     "bench kernels",
     "bench loop",
     "bench quality",
+    "bench schedule",
+    "bench start",
+    "bench views",
 )
 QUICK = (*TINY, "--preset", "seconds")
 SMALL_MESH = ("--faces", 500, "--texture-px", 64)
