@@ -1,10 +1,10 @@
 """How good a fused object is and how long it takes: presets beside each other, the fast loop beside the plain one.
 
 Procedural objects that the embedded model never saw are fused from one picture each and compared with the truth
-(:mod:`..engine.training.evaluate`). ``ours`` is the loop as users run it: half precision, kernels and captured steps
-where the device has them. ``reference`` is the plain loop: one operation after the other, float32 throughout,
-networks without this package's kernels, and the prompt conditioned anew in every step; its renderer is this
-package's own as well.
+(:mod:`..engine.training.evaluate`). ``ours`` is the loop as users run it: half precision (or the ``dtype`` asked for),
+kernels and captured steps where the device has them. ``reference`` is the plain loop: one operation after the other,
+float32 throughout, networks without this package's kernels, and the prompt conditioned anew in every step; its
+renderer is this package's own as well.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..engine.training.evaluate import measure_fusion
 from ..engine.training.objects import TEST_SEEDS
 from ..engine.warm_start import DiffusedViews
 from ..engine.warmup import warm_up
-from ..engine.weights import load_model, pick_device
+from ..engine.weights import load_model, pick_device, pick_dtype
 from .harness import versions
 from .loop import Forgetful
 from .plot import write_figure
@@ -90,13 +90,15 @@ def run(
     *,
     model: str = "builtin:nano",
     device: str = "auto",
+    dtype: torch.dtype | None = None,
     workers: int = 1,
     on_row: Callable[[Row], None] | None = None,
 ) -> QualityReport:
-    """Do the ``tasks`` on configurations of ``presets`` by that many processes on one device.
+    """Do the ``tasks`` on configurations of ``presets`` by that many processes on one device; ``dtype`` is ours.
 
     ``quality.json`` in ``folder`` is written after every row. Rows that are there already under the same conditions
-    stay and are not measured again, so a run that was stopped continues. Raises :class:`InputError` if a task's
+    stay and are not measured again, so a run that was stopped continues; those of the plain loop, which is always in
+    float32, stay with another ``dtype`` too. Raises :class:`InputError` if a task's
     preset is not among them, or the folder cannot be written.
     """
     settings = {config.name: config for config in presets}
@@ -105,9 +107,11 @@ def run(
     if workers < 1:
         raise InputError(f"--workers is {workers}; it must be at least 1")
     target = pick_device(device)
+    dtype = pick_dtype(dtype, target)
     conditions = Conditions(
         model,
         torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
+        str(dtype).removeprefix("torch."),
         versions(),
         {name: config_to_json(config) for name, config in settings.items()},
     )
@@ -115,7 +119,7 @@ def run(
     conditions, rows = _with_others(conditions, path)
     done = {row.task for row in rows}
     left = [task for task in tasks if task not in done]
-    for row in _rows(left, settings, model, str(target), workers):
+    for row in _rows(left, settings, model, str(target), dtype, workers):
         rows.append(row)
         write_json(path, QualityReport(conditions, workers, rows).to_dict())
         if on_row is not None:
@@ -139,24 +143,31 @@ def _with_others(conditions: Conditions, path: Path) -> tuple[Conditions, list[R
             if settings == conditions.presets.get(name, settings)
         }
         rows = [Row(**row) for row in held["rows"] if row["preset"] in known]
+        if held["dtype"] != conditions.dtype:
+            rows = [row for row in rows if row.loop == "reference"]
     except (OSError, ValueError, TypeError, KeyError):
         return conditions, []
     if not same:
         return conditions, []
     presets = {**known, **conditions.presets}
-    return Conditions(conditions.model, conditions.device, conditions.versions, presets), rows
+    return replace(conditions, presets=presets), rows
 
 
 def _rows(
-    tasks: Sequence[Task], settings: dict[str, FusionConfig], model: str, device: str, workers: int
+    tasks: Sequence[Task],
+    settings: dict[str, FusionConfig],
+    model: str,
+    device: str,
+    dtype: torch.dtype,
+    workers: int,
 ) -> Iterator[Row]:
     if workers == 1 or len(tasks) < 2:
-        worker = _Worker(model, device, settings)
+        worker = _Worker(model, device, dtype, settings)
         yield from map(worker, tasks)
         return
     if device.startswith("cuda"):
         # Kernels are compiled and tuned by one process, before the others would do it all at once.
-        warm = ImageTo3D.from_pretrained(model, device)
+        warm = ImageTo3D.from_pretrained(model, device, dtype)
         asked = [settings[name] for name in dict.fromkeys(task.preset for task in tasks)]
         for config in {(one.field, one.render, one.stages): one for one in asked}.values():
             warm_up(warm, config)
@@ -164,7 +175,7 @@ def _rows(
         torch.cuda.empty_cache()
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(
-        min(workers, len(tasks)), get_context("spawn"), _begin, (model, device, settings, threads)
+        min(workers, len(tasks)), get_context("spawn"), _begin, (model, device, dtype, settings, threads)
     ) as pool:
         for finished in as_completed([pool.submit(_work, task) for task in tasks]):
             yield finished.result()
@@ -173,10 +184,12 @@ def _rows(
 _worker: _Worker
 
 
-def _begin(model: str, device: str, settings: dict[str, FusionConfig], threads: int) -> None:
+def _begin(
+    model: str, device: str, dtype: torch.dtype, settings: dict[str, FusionConfig], threads: int
+) -> None:
     global _worker
     torch.set_num_threads(threads)
-    _worker = _Worker(model, device, settings)
+    _worker = _Worker(model, device, dtype, settings)
 
 
 def _work(task: Task) -> Row:
@@ -186,8 +199,10 @@ def _work(task: Task) -> Row:
 class _Worker:
     """Does tasks one after the other; holds the model once for each loop that is asked for."""
 
-    def __init__(self, model: str, device: str, settings: dict[str, FusionConfig]) -> None:
-        self.model, self.device, self.settings = model, device, settings
+    def __init__(
+        self, model: str, device: str, dtype: torch.dtype, settings: dict[str, FusionConfig]
+    ) -> None:
+        self.model, self.device, self.dtype, self.settings = model, device, dtype, settings
 
     def __call__(self, task: Task) -> Row:
         config = self.settings[task.preset]
@@ -203,7 +218,7 @@ class _Worker:
 
     @cached_property
     def _ours(self) -> ImageTo3D:
-        return ImageTo3D.from_pretrained(self.model, self.device)
+        return ImageTo3D.from_pretrained(self.model, self.device, self.dtype)
 
     @cached_property
     def _plain(self) -> ImageTo3D:

@@ -50,6 +50,8 @@ class Conditions:
 
     model: str
     device: str
+    dtype: str
+    """Of the networks in our loop; the plain one is in float32."""
     versions: dict[str, str]
     presets: dict[str, Any]
     """The settings of each."""
@@ -269,7 +271,7 @@ def figure(report: QualityReport) -> Any:
         axes.grid(alpha=0.3)
     drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     drawn.suptitle(
-        f"{report.conditions.model} on {report.conditions.device}, {report.workers} objects at a time;"
-        " bars: standard error over objects"
+        f"{report.conditions.model} on {report.conditions.device}, ours in {report.conditions.dtype};"
+        f" {report.workers} objects at a time, bars: standard error over objects"
     )
     return drawn

@@ -13,6 +13,8 @@ from .cli_output import Stages, only_our_words
 from .errors import Cancelled, InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from .config import FusionConfig
     from .model import Controller
     from .picture import PreparedPicture
@@ -45,6 +47,16 @@ def prepared_picture(picture: Path | None, keep_background: bool, output: Path) 
     return prepared
 
 
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """None stays None: the device's own choice."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name is not None and name not in dtypes:
+        raise InputError(f"unknown dtype {name!r}; the dtypes are {', '.join(dtypes)}")
+    return None if name is None else dtypes[name]
+
+
 def load_pipeline(
     model: str,
     controller: str | None,
@@ -54,14 +66,10 @@ def load_pipeline(
     plans: Path | None = None,
 ) -> ImageTo3D:
     """``backend``: COMPONENT=NAME each. With ``plans`` the networks that have one there run as TensorRT plans."""
-    import torch
-
     from .backends import Backends
     from .pipeline import ImageTo3D
 
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype is not None and dtype not in dtypes:
-        raise InputError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(dtypes)}")
+    precision = dtype_named(dtype)
     backends, planned = Backends.parse(backend or ()), None
     if plans is not None:
         from ..export.plan_model import plans_in
@@ -71,7 +79,7 @@ def load_pipeline(
     return ImageTo3D.from_pretrained(
         model,
         device,
-        dtypes[dtype] if dtype else None,
+        precision,
         cast("Controller | None", controller),
         backends=backends,
         plans=planned,

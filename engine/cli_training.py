@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import cli_options as opt
-from .cli_job import fusion_config, load_pipeline, work
+from .cli_job import dtype_named, fusion_config, load_pipeline, work
 from .cli_output import print_files, print_outcome
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def bench_quality(
     workers: Annotated[int, typer.Option(help="Objects at a time, each in a process of its own.")] = 1,
     model: opt.Model = "builtin:nano",
     device: opt.Device = "auto",
+    dtype: opt.Dtype = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for quality.json and quality.png; rows in it stay.")
     ] = Path("out/quality"),
@@ -140,6 +141,7 @@ def bench_quality(
             plan(names, reference or (), objects=objects, skip=skip, seeds=seeds),
             model=model,
             device=device,
+            dtype=dtype_named(dtype),
             workers=workers,
             on_row=_say,
         )

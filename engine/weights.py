@@ -80,7 +80,7 @@ def load_model(
             NaN, or contradicts ``controller``; or the device or dtype cannot be used.
     """
     target = pick_device(device)
-    kind = _dtype(dtype, target)
+    kind = pick_dtype(dtype, target)
     opened = open_model(str(model), controller)
     # Hashing reads the file as copying does, and lets other threads run.
     with ThreadPoolExecutor(1) as pool:
@@ -178,7 +178,8 @@ def pick_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """None is float16 on CUDA, else float32. Raises :class:`InputError` for a dtype that networks are not run in."""
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 from command_line import SECONDS, CommandLine
 
 from imagedream_rt.benchmarks import quality
@@ -101,7 +102,7 @@ def test_gain_is_paired_by_object():
     assert (psnr.objects, psnr.difference) == (2, 2.0)
     assert psnr.error == pytest.approx(math.sqrt(2) / math.sqrt(2))
     assert gain(rows, "turbo", "draft") == []
-    report = QualityReport(quality.Conditions("builtin:nano", "a GPU", {}, {}), 1, rows)
+    report = QualityReport(quality.Conditions("builtin:nano", "a GPU", "float16", {}, {}), 1, rows)
     assert [(one.preset, one.against) for one in report.gains()] == [("turbo", "official")] * 3
 
 
@@ -138,9 +139,12 @@ class FakeWorker:
     """In place of a fusion: figures that tell the task."""
 
     done: list[Task] = []  # noqa: RUF012
+    dtypes: list[torch.dtype] = []  # noqa: RUF012
 
-    def __init__(self, model: str, device: str, settings: dict[str, FusionConfig]) -> None:
-        pass
+    def __init__(
+        self, model: str, device: str, dtype: torch.dtype, settings: dict[str, FusionConfig]
+    ) -> None:
+        self.dtypes.append(dtype)
 
     def __call__(self, task: Task) -> Row:
         self.done.append(task)
@@ -172,6 +176,24 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert [one.preset for one in rows] == ["other", "seconds"]
     again = run(tmp_path, [changed], plan(["seconds"], [], objects=1), device="cpu", model="another").rows
     assert [one.preset for one in again] == ["seconds"]
+
+
+def test_another_dtype_measures_our_loop_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quality, "_Worker", FakeWorker)
+    done: list[Task] = []
+    monkeypatch.setattr(FakeWorker, "done", done)
+    tasks = plan(["seconds"], ["seconds"], objects=1, seeds=2)
+    assert run(tmp_path, [SECONDS], tasks, device="cpu").conditions.dtype == "float32"
+    assert len(done) == 4
+    report = run(tmp_path, [SECONDS], tasks, device="cpu", dtype=torch.bfloat16)
+    assert (
+        report.conditions.dtype == json.loads((tmp_path / "quality.json").read_text())["dtype"] == "bfloat16"
+    )
+    assert [task.loop for task in done[4:]] == ["ours", "ours"]
+    assert FakeWorker.dtypes[-2:] == [torch.float32, torch.bfloat16]
+    assert len(report.rows) == 4
+    with pytest.raises(InputError, match="dtype is"):
+        run(tmp_path, [SECONDS], tasks, device="cpu", dtype=torch.float64)
 
 
 def test_what_a_run_refuses(tmp_path: Path):
@@ -216,7 +238,7 @@ def test_the_command_prints_tables_and_verdicts(
 
 def test_the_plot(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    conditions = quality.Conditions("builtin:nano", "a GPU", {}, {})
+    conditions = quality.Conditions("builtin:nano", "a GPU", "float16", {}, {})
     report = QualityReport(conditions, 1, PAIRS)
     (path,) = quality.draw(report, tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
