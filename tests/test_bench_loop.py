@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny
+from fake_gpu import fake_gpu
 
 from imagedream_rt.benchmarks import ball, harness
 from imagedream_rt.benchmarks import loop as loop_benchmark
@@ -61,7 +61,7 @@ def test_loops_are_measured_from_the_plainest_to_ours(
     reference: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the one without kernels has PyTorch's operations in UNet and VAE, while ours chooses for itself."""
-    model = tiny("pixel")
+    model = fake_gpu(monkeypatch, loop_benchmark)
     backends: dict[str, set[str]] = {}
 
     def plain(rung: Any, *_: Any) -> Iterator[StageRow]:
@@ -72,14 +72,7 @@ def test_loops_are_measured_from_the_plainest_to_ours(
         backends[name] = {layer.backend for layer in layers}
         yield stage_row(name, 12_500, 12.0)
 
-    for name in ("synchronize", "empty_cache", "manual_seed_all"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.no_grad())
     for name, stand_in in {
-        "need_cuda": lambda: None,
-        "load_model": lambda *_, **__: model,
         "_fitted_field": lambda config: {},
         "_plain_rows": plain,
         "_captured_rows": captured,

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from checkpoints import tiny
 from command_line import CommandLine
+from fake_gpu import fake_gpu
 from tiny_fusion import TINY, TINY_WARM
 
 from imagedream_rt.benchmarks import schedule
@@ -18,15 +17,7 @@ from imagedream_rt.engine.config import PRESETS
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that computes as the CPU does."""
-    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize", "manual_seed_all"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.enable_grad())
-    monkeypatch.setattr(schedule, "need_cuda", lambda: None)
-    monkeypatch.setattr(schedule, "load_model", lambda *_, **__: tiny("pixel"))
+    fake_gpu(monkeypatch, schedule)
     monkeypatch.setattr(schedule, "LINE_EVERY", 4)
     for config in (TINY, TINY_WARM):
         monkeypatch.setitem(PRESETS, config.name, config)

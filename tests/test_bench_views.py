@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny
 from command_line import CommandLine
+from fake_gpu import fake_gpu
 
 from imagedream_rt.benchmarks import views
 from imagedream_rt.engine.graphed_networks import GraphedUNet
@@ -17,13 +17,7 @@ from imagedream_rt.engine.graphed_networks import GraphedUNet
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that computes as the CPU does."""
-    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(views, "need_cuda", lambda: None)
-    monkeypatch.setattr(views, "load_model", lambda *_, **__: tiny("pixel"))
+    fake_gpu(monkeypatch, views)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
