@@ -40,7 +40,7 @@ from ..engine.warmup import disc
 from ..engine.weights import load_model
 from ..kernels._triton import KernelBackend
 from . import ball
-from .harness import need_cuda, time_us, versions
+from .harness import OURS, need_cuda, time_us, versions
 from .plot import loop_figure, write_figure
 
 SEED = 0
@@ -82,8 +82,8 @@ class Rung:
     """Whether UNet and VAE use this package's kernels."""
 
 
-OURS, WITHOUT_KERNELS = "ours", "ours without kernels"
-"""The second has PyTorch's operations in UNet and VAE."""
+WITHOUT_KERNELS = f"{OURS} without kernels"
+"""With PyTorch's operations in UNet and VAE."""
 REFERENCE = "reference"
 LADDER = (
     Rung(REFERENCE, torch.float32, False, False),

@@ -34,7 +34,6 @@ from ..engine.picture import PreparedPicture
 from ..engine.pipeline import ImageTo3D
 from ..engine.training.evaluate import measure_fusion
 from ..engine.training.objects import TEST_SEEDS
-from ..engine.warm_start import DiffusedViews
 from ..engine.warmup import warm_up
 from ..engine.weights import load_model, pick_device, pick_dtype
 from .harness import versions
@@ -98,8 +97,8 @@ def run(
 
     ``quality.json`` in ``folder`` is written after every row. Rows that are there already under the same conditions
     stay and are not measured again, so a run that was stopped continues; those of the plain loop, which is always in
-    float32, stay with another ``dtype`` too. Raises :class:`InputError` if a task's
-    preset is not among them, or the folder cannot be written.
+    float32, stay with another ``dtype`` too. Raises :class:`InputError` if a task's preset is not among them, or the
+    folder cannot be written.
     """
     settings = {config.name: config for config in presets}
     if unknown := {task.preset for task in tasks} - set(settings):
@@ -119,7 +118,7 @@ def run(
     conditions, rows = _with_others(conditions, path)
     done = {row.task for row in rows}
     left = [task for task in tasks if task not in done]
-    for row in _rows(left, settings, model, str(target), dtype, workers):
+    for row in _rows(left, _Worker(model, str(target), dtype, settings), workers):
         rows.append(row)
         write_json(path, QualityReport(conditions, workers, rows).to_dict())
         if on_row is not None:
@@ -153,29 +152,22 @@ def _with_others(conditions: Conditions, path: Path) -> tuple[Conditions, list[R
     return replace(conditions, presets=presets), rows
 
 
-def _rows(
-    tasks: Sequence[Task],
-    settings: dict[str, FusionConfig],
-    model: str,
-    device: str,
-    dtype: torch.dtype,
-    workers: int,
-) -> Iterator[Row]:
+def _rows(tasks: Sequence[Task], worker: _Worker, workers: int) -> Iterator[Row]:
     if workers == 1 or len(tasks) < 2:
-        worker = _Worker(model, device, dtype, settings)
         yield from map(worker, tasks)
         return
-    if device.startswith("cuda"):
+    if worker.device.startswith("cuda"):
         # Kernels are compiled and tuned by one process, before the others would do it all at once.
-        warm = ImageTo3D.from_pretrained(model, device, dtype)
-        asked = [settings[name] for name in dict.fromkeys(task.preset for task in tasks)]
+        warm = ImageTo3D.from_pretrained(worker.model, worker.device, worker.dtype)
+        asked = [worker.settings[name] for name in dict.fromkeys(task.preset for task in tasks)]
         for config in {(one.field, one.render, one.stages): one for one in asked}.values():
             warm_up(warm, config)
         del warm
         torch.cuda.empty_cache()
     threads = max(1, (os.cpu_count() or 1) // workers)
+    # The worker travels before it has loaded anything.
     with ProcessPoolExecutor(
-        min(workers, len(tasks)), get_context("spawn"), _begin, (model, device, dtype, settings, threads)
+        min(workers, len(tasks)), get_context("spawn"), _begin, (worker, threads)
     ) as pool:
         for finished in as_completed([pool.submit(_work, task) for task in tasks]):
             yield finished.result()
@@ -184,12 +176,10 @@ def _rows(
 _worker: _Worker
 
 
-def _begin(
-    model: str, device: str, dtype: torch.dtype, settings: dict[str, FusionConfig], threads: int
-) -> None:
+def _begin(worker: _Worker, threads: int) -> None:
     global _worker
     torch.set_num_threads(threads)
-    _worker = _Worker(model, device, dtype, settings)
+    _worker = worker
 
 
 def _work(task: Task) -> Row:
@@ -234,12 +224,5 @@ def _fuse(pipe: ImageTo3D, picture: PreparedPicture, config: FusionConfig, seed:
 
 
 def _fuse_plainly(pipe: ImageTo3D, picture: PreparedPicture, config: FusionConfig, seed: int) -> FusedField:
-    conditioner = Conditioner(pipe.model, picture)
-    return Fusion(
-        config,
-        Forgetful(pipe.model, conditioner, config),
-        seed=seed,
-        device=pipe.model.device,
-        views=DiffusedViews(pipe.model, conditioner, config, seed) if config.warm_start else None,
-        backends=pipe.backends,
-    ).run()
+    guidance = Forgetful(pipe.model, Conditioner(pipe.model, picture), config)
+    return Fusion.guided_by(guidance, seed=seed, backends=pipe.backends).run()

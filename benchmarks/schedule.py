@@ -18,7 +18,6 @@ from ..engine.config import preset as preset_named
 from ..engine.files import write_json
 from ..engine.fuse import FUSE, WARM, Fusion
 from ..engine.pipeline import ImageTo3D
-from ..engine.warm_start import DiffusedViews
 from ..engine.warmup import OPAQUE_BLOB
 from ..engine.weights import load_model
 from .harness import need_cuda, versions
@@ -90,15 +89,8 @@ def run(
                 on_line(log[-1])
 
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        guidance = ball_guidance(loaded, config)
-        Fusion(
-            config,
-            guidance,
-            seed=SEED,
-            device=loaded.device,
-            views=DiffusedViews(loaded, guidance.conditioner, config, SEED) if config.warm_start else None,
-            deterministic=deterministic,
-        ).run(on_metrics=note)
+        fusion = Fusion.guided_by(ball_guidance(loaded, config), seed=SEED, deterministic=deterministic)
+        fusion.run(on_metrics=note)
     torch.cuda.synchronize()
     return ScheduleReport(
         model,

@@ -20,7 +20,7 @@ from ..engine.model import MultiViewModel
 from ..engine.picture import PreparedPicture
 from ..engine.pipeline import ImageTo3D
 from ..engine.sampler import sample_views
-from ..engine.warmup import disc
+from ..engine.warmup import made_up_prompt
 from ..engine.weights import load_model
 from .harness import need_cuda, versions
 
@@ -69,7 +69,7 @@ def run(
     """Measure on the current CUDA device. Raises :class:`InputError` without one."""
     need_cuda()
     loaded = load_model(model, device="cuda", dtype=torch.float16)
-    picture = None if loaded.card.controller == "none" else disc()
+    picture = made_up_prompt(loaded)
     rows: list[ViewsRow] = []
     first: np.ndarray | None = None
     for unet in unets:

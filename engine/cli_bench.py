@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..benchmarks.harness import Row
     from ..benchmarks.loop import StageRow
     from ..benchmarks.schedule import Line
-    from ..benchmarks.start import Start
-    from ..benchmarks.views import ViewsRow
+    from ..benchmarks.start import Start, StartReport
+    from ..benchmarks.views import ViewsReport, ViewsRow
     from .backends import UNetName
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed against the strongest peers, and quality.")
@@ -152,10 +152,7 @@ def views(
         unets: tuple[UNetName, ...] = ("eager", "graph", "compiled") if compiled else ("eager", "graph")
         report = run(model, unets, steps=steps, on_row=lambda row: _views(console, row))
         write_json(output / "views.json", report.to_dict())
-    if console is None:
-        print_outcome([output / "views.json"], report.to_dict())
-        return
-    print_files({output / "views.json": "every figure, with device and versions"})
+    _print_written(output / "views.json", report, as_json)
 
 
 @bench.command()
@@ -178,10 +175,14 @@ def start(
         check_writable_folder(output)
         report = run(model, preset, device, backend or (), on_row=None if as_json else _start)
         write_json(output / "start.json", report.to_dict())
+    _print_written(output / "start.json", report, as_json)
+
+
+def _print_written(path: Path, report: StartReport | ViewsReport, as_json: bool) -> None:
     if as_json:
-        print_outcome([output / "start.json"], report.to_dict())
-        return
-    print_files({output / "start.json": "every figure, with device and versions"})
+        print_outcome([path], report.to_dict())
+    else:
+        print_files({path: "every figure, with device and versions"})
 
 
 def _start(row: Start) -> None:

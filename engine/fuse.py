@@ -27,7 +27,7 @@ from .model import Cancel, Progress
 from .nerf.render import render
 from .objective import objective
 from .run_context import current, deterministic, interrupt_between_steps
-from .warm_start import ViewSource, WarmStartFit, sampling_steps
+from .warm_start import DiffusedViews, ViewSource, WarmStartFit, sampling_steps
 
 Metrics = Callable[[str, int, dict[str, float]], None]
 """``on_metrics(phase, steps done, values)``, whenever the loop waits for the device anyway."""
@@ -81,6 +81,27 @@ class Fusion:
         self.done = 0
         self._health = _Health(self.device)
         self._saved: str | None = None
+
+    @classmethod
+    def guided_by(
+        cls,
+        guidance: MultiViewGuidance,
+        *,
+        seed: int = 0,
+        backends: Backends = OWN,
+        deterministic: bool = False,
+    ) -> Fusion:
+        """By the diffusion model, on its device and with its configuration, from its views if that starts from some."""
+        model, config = guidance.model, guidance.config
+        return cls(
+            config,
+            guidance,
+            seed=seed,
+            device=model.device,
+            views=DiffusedViews(model, guidance.conditioner, config, seed) if config.warm_start else None,
+            backends=backends,
+            deterministic=deterministic,
+        )
 
     def run(
         self,

@@ -46,12 +46,11 @@ class GraphedStep:
 
     def __call__(self) -> None:
         self.calls += 1
-        if self.device.type != "cuda":
-            with _step():
-                self.step()
-            return
         with current(self.device):
-            if self.calls <= self.warmup:
+            if self.device.type != "cuda":
+                with _step():
+                    self.step()
+            elif self.calls <= self.warmup:
                 self._aside()
             else:
                 if self.graph is None:

@@ -24,7 +24,6 @@ from .record import Record
 from .results import Fused, Views, make_asset
 from .run_context import current
 from .sampler import decode_views, sample_views
-from .warm_start import DiffusedViews
 from .weights import load_model
 
 NEGATIVE_PROMPT_VIEWS = (
@@ -283,12 +282,9 @@ class ImageTo3D:
         }
         with current(self.model.device), job.record.timed("fuse"):
             conditioner = Conditioner(self.model, job.picture, job.prompt, negative)
-            fusion = Fusion(
-                config,
+            fusion = Fusion.guided_by(
                 MultiViewGuidance(self.model, conditioner, config),
                 seed=job.seed,
-                device=self.model.device,
-                views=DiffusedViews(self.model, conditioner, config, job.seed) if config.warm_start else None,
                 backends=self.backends,
                 deterministic=deterministic,
             )

@@ -13,7 +13,7 @@ from ..kernels._triton import obstacle
 from ..kernels._tuning import cache_file, compiled_folder, tuned_count
 from .config import FusionConfig
 from .config import preset as preset_named
-from .model import Progress
+from .model import MultiViewModel, Progress
 from .picture import PreparedPicture
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def warm_up(
     is the model's default. Raises :class:`~.errors.InputError` for an unknown preset.
     """
     config = preset_named(pipe.default_preset if preset is None else preset)
-    picture = None if pipe.model.card.controller == "none" else disc()
+    picture = made_up_prompt(pipe.model)
     stages = _short_fusions(config)
     pipe.views(picture, "a ball", steps=2)
     for number, short in enumerate(stages, start=1):
@@ -66,6 +66,11 @@ def _short_fusions(config: FusionConfig) -> list[FusionConfig]:
         )
         for number, stage in enumerate(config.stages)
     ]
+
+
+def made_up_prompt(model: MultiViewModel) -> PreparedPicture | None:
+    """The disc for a model that takes pictures, None for one that takes text only."""
+    return None if model.card.controller == "none" else disc()
 
 
 def disc() -> PreparedPicture:

@@ -137,8 +137,8 @@ def use_triton(
     if not fitting:
         found = ", ".join(sorted({str(tensor.dtype) for tensor in given}))
         raise ValueError(f"backend 'triton' takes {', '.join(map(str, dtypes))}, got {found}")
-    if not interpreted() and not all(tensor.is_cuda for tensor in given):
-        raise ValueError("backend 'triton' needs tensors on a CUDA device; the CPU runs backend 'torch'")
     if not interpreted():
+        if not all(tensor.is_cuda for tensor in given):
+            raise ValueError("backend 'triton' needs tensors on a CUDA device; the CPU runs backend 'torch'")
         _need_current(given[0].device)
     return True

@@ -13,9 +13,9 @@ from fake_gpu import fake_gpu
 
 from imagedream_rt.benchmarks import ball, harness
 from imagedream_rt.benchmarks import loop as loop_benchmark
+from imagedream_rt.benchmarks.harness import OURS
 from imagedream_rt.benchmarks.loop import (
     LADDER,
-    OURS,
     WITHOUT_KERNELS,
     LoopReport,
     StageRow,

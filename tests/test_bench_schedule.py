@@ -50,13 +50,13 @@ def test_the_first_steps_alone(machine: None) -> None:
 
 def test_deterministic_is_passed_on(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    fusion = schedule.Fusion
+    begin = schedule.Fusion.__init__
 
-    def note(*arguments: Any, **named: Any) -> Any:
+    def note(*arguments: Any, **named: Any) -> None:
         asked.append(named["deterministic"])
-        return fusion(*arguments, **named)
+        begin(*arguments, **named)
 
-    monkeypatch.setattr(schedule, "Fusion", note)
+    monkeypatch.setattr(schedule.Fusion, "__init__", note)
     assert schedule.run("random:tiny", "tiny", steps=1, deterministic=True).deterministic
     assert asked == [True]
 

@@ -19,6 +19,8 @@ from imagedream_rt.engine.cameras import orbit_cameras
 from imagedream_rt.engine.run_context import current
 from imagedream_rt.kernels import _triton
 
+CPU = torch.device("cpu")
+
 
 class Inside:
     """Stands in for :func:`current` in some modules; knows whether a call happens within it."""
@@ -36,12 +38,12 @@ class Inside:
         yield
         self.devices.pop()
 
-    def expect(self, owner: Any, name: str) -> None:
-        """Calls of that function must happen within, on the CPU."""
+    def expect(self, owner: Any, name: str, device: torch.device = CPU) -> None:
+        """Calls of that function must happen within, on that device."""
         function = getattr(owner, name)
 
         def checked(*arguments: Any, **named: Any) -> Any:
-            assert self.devices == [torch.device("cpu")]
+            assert self.devices == [device]
             self.checked.append(name)
             return function(*arguments, **named)
 
@@ -100,14 +102,8 @@ def test_fusions_run_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_graphs_are_captured_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered: list[torch.device] = []
-
-    @contextmanager
-    def note(device: torch.device) -> Iterator[None]:
-        entered.append(device)
-        yield
-
-    monkeypatch.setattr(graphed, "current", note)
     monkeypatch.setattr(graphed.GraphedStep, "_aside", lambda self: None)
+    inside = Inside(monkeypatch, graphed)
+    inside.expect(graphed.GraphedStep, "_aside", torch.device("cuda", 1))
     graphed.GraphedStep(lambda: None, torch.device("cuda", 1))()
-    assert entered == [torch.device("cuda", 1)]
+    assert inside.checked == ["_aside"]
